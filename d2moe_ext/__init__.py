@@ -1,0 +1,1 @@
+from d2moe_ext import _native  # noqa: F401

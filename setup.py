@@ -1,0 +1,61 @@
+"""Builds ``d2moe_ext._C``. ``D2MOE_CUDA=0`` leaves the CUDA sources out, ``D2MOE_CUDA=1`` insists on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+
+def source_hash() -> str:
+    """What ``d2moe_ext`` compares at import to tell a stale build; keep in step with ``d2moe_ext/_native.py``."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}):
+        digest.update(path.relative_to(CSRC).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def with_cuda() -> bool:
+    possible = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    choice = os.environ.get("D2MOE_CUDA", "")
+    if choice not in {"", "0", "1"}:
+        raise SystemExit(f"D2MOE_CUDA must be 0, 1 or unset, got {choice!r}.")
+    if choice == "1" and not possible:
+        raise SystemExit(
+            "D2MOE_CUDA=1 needs a CUDA build of torch and a CUDA toolkit, "
+            f"got torch.version.cuda={torch.version.cuda} and CUDA_HOME={cpp_extension.CUDA_HOME}."
+        )
+    return possible and choice != "0"
+
+
+def extension():  # noqa: ANN201 (a setuptools Extension)
+    sources = sorted(CSRC.rglob("*.cpp"))
+    cuda_sources = sorted(CSRC.rglob("*.cu"))
+    cuda = with_cuda() and bool(cuda_sources)
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    defines = [f'-DD2MOE_SOURCE_HASH="{source_hash()}"', f'-DD2MOE_TORCH_VERSION="{torch.__version__}"']
+    compile_args = {"cxx": ["-O3", "-Wall", "-Wno-unknown-pragmas", *openmp, *defines]}
+    if cuda:
+        sources += cuda_sources
+        compile_args["nvcc"] = ["-O3"]
+        compile_args["cxx"].append("-DD2MOE_WITH_CUDA")
+    kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    return kind(
+        "d2moe_ext._C",
+        [path.relative_to(ROOT).as_posix() for path in sources],
+        include_dirs=[str(CSRC)],
+        extra_compile_args=compile_args,
+        extra_link_args=openmp,
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
