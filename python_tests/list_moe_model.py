@@ -82,10 +82,10 @@ class ListMoeLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.attention_norm = nn.RMSNorm(config.hidden_size)
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = ListMoeBlock(config)
 
     def forward(self, x):
@@ -105,7 +105,7 @@ class ListMoeForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ListMoeLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -128,9 +129,7 @@ def test_parameters_are_the_routed_experts_alone(family):
 def test_gating_holds_no_routed_weight(family):
     view = find_experts(tiny_model(family))[0]
     gating = view.gating()
-    held = [value for value in vars(getattr(gating.apply_gate, "__self__", gating)).values()]
-    routed = {id(p) for p in view.parameters()}
-    assert all(id(p) not in routed for part in held if isinstance(part, dict) for p in part.values())
+    assert len(pickle.dumps(gating)) < len(pickle.dumps(view.parameters()[0])) / 2
     gate_up = torch.randn(5, 2 * INTER)
     assert torch.equal(gating.apply_gate(gate_up), view.apply_gate(gate_up))
     assert torch.equal(copy.deepcopy(gating).apply_gate(gate_up), view.apply_gate(gate_up))

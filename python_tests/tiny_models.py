@@ -104,7 +104,7 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
 
 def tolerance(values: Tensor, dtype: torch.dtype | None = None) -> float:
     """How far two evaluation orders may part: a rounding per term of the longest sums (some hundred), a few layers deep."""
-    return 256 * torch.finfo(dtype or values.dtype).eps * float(values.abs().max())
+    return 256 * torch.finfo(dtype or values.dtype).eps * float(values.detach().abs().max())
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
