@@ -1,9 +1,9 @@
-"""A duck-typed view of the experts of an MoE block: their weights, their gate, their layout, and the call that reaches them.
+"""A duck-typed view of the experts of an MoE block: their weights, gate and layout, and the call that reaches them.
 
 Two kinds of experts are known:
 
-- :class:`FusedExperts`: one module holds all experts stacked, ``gate_up_proj [E, 2 I, H]`` (or ``up_proj`` where there is
-  no gate) and ``down_proj [E, H, I]``, perhaps transposed or with biases, and is called with
+- :class:`FusedExperts`: one module holds all experts stacked, ``gate_up_proj [E, 2 I, H]`` (or ``up_proj`` where there
+  is no gate) and ``down_proj [E, H, I]``, perhaps transposed or with biases, and is called with
   ``(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])``: every decorated experts class of transformers 5.
 - :class:`ExpertList`: an ``nn.ModuleList`` of gated MLPs that its block runs through ``block.moe_infer``, as the code
   that comes with DeepSeek-MoE-16B, V2 and V3 does.
@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +67,10 @@ class ExpertsLayout:
 
 
 class ExpertGating:
-    """What is left of a layer's experts when their routed weights are taken away: the gate, and the norm after each expert.
+    """What is left of a layer's experts without their routed weights: the gate, and the norm after each expert.
 
-    Holds no routed weight. The submodules that it calls stand in ``children``; a module that owns the gating registers them
-    under their names, so that they move, save and load with it.
+    Holds no routed weight. The submodules that it calls stand in ``children``; a module that owns the gating registers
+    them under their names, so that they move, save and load with it.
     """
 
     def __init__(self, children: dict[str, nn.Module], gate: Callable[[Tensor], Tensor]) -> None:
@@ -94,12 +95,12 @@ class ExpertsView(ABC):
 
     def __init__(self, name: str, module: nn.Module, block: nn.Module) -> None:
         self.name = name
-        self.module = module
-        self.block = block
+        self.module: Any = module
+        self.block: Any = block
 
     @abstractmethod
     def gate_up_weight(self, expert: int) -> Tensor:
-        """``[R, H]``, out by in, rows in the model's own order (a view of the parameter where the layout allows one)."""
+        """``[R, H]``, out by in, rows in the model's own order (a view of the parameter where the layout allows it)."""
 
     @abstractmethod
     def down_weight(self, expert: int) -> Tensor:
@@ -137,11 +138,11 @@ class ExpertsView(ABC):
     def intercept(self, function: RoutedCall) -> Iterator[None]:
         """While active, the model calls ``function(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])``.
 
-        ``function`` returns ``[T, H]``: the weighted sum over each token's experts. What stood there before comes back at
-        the end, also after an error.
+        ``function`` returns ``[T, H]``: the weighted sum over each token's experts. What stood there before comes back
+        at the end, also after an error.
 
         Raises:
-            RuntimeError: the experts are a module list and the block is in training mode, where it does not use them so.
+            RuntimeError: the experts are a list and the block is in training mode, where it loops over them.
         """
         owner, attribute, adapt = self._routed_call()
         previous = owner.__dict__.get(attribute)
@@ -166,23 +167,17 @@ class FusedExperts(ExpertsView):
     def __init__(self, name: str, module: nn.Module, block: nn.Module) -> None:
         super().__init__(name, module, block)
         self.is_transposed = bool(getattr(module, "is_transposed", False))
+        self._gated = bool(getattr(module, "has_gate", True))
+        self._gate_up_name = "gate_up_proj" if self._gated else "up_proj"
         self.layout = self._read_layout()
-
-    @property
-    def _gated(self) -> bool:
-        return bool(getattr(self.module, "has_gate", True))
-
-    @property
-    def _gate_up_name(self) -> str:
-        return "gate_up_proj" if self._gated else "up_proj"
 
     def _read_layout(self) -> ExpertsLayout:
         gate_up, down = self._stacked(self._gate_up_name), self._stacked("down_proj")
         (experts, rows, hidden_size), (_, outputs, intermediate_size) = gate_up.shape, down.shape
         if down.shape[0] != experts or outputs != hidden_size or rows != intermediate_size * (1 + self._gated):
             raise ValueError(
-                f"find_experts: {self.name} must hold {self._gate_up_name} [E, R, H] and down_proj [E, H, I] that agree, "
-                f"got {list(gate_up.shape)} and {list(down.shape)}"
+                f"find_experts: {self.name} must hold {self._gate_up_name} [E, R, H] and down_proj [E, H, I] "
+                f"that agree, got {list(gate_up.shape)} and {list(down.shape)}"
             )
         gate = getattr(type(self.module), "_apply_gate", None)
         default_gate = not self._gated or getattr(gate, "__name__", "") == "_default_apply_gate"
@@ -223,7 +218,7 @@ class FusedExperts(ExpertsView):
         return {name: getattr(self.module, name) for name in names}
 
     def gating(self) -> ExpertGating:
-        # A shallow copy keeps every setting that the class's own gate reads (limits, slopes, act_fn), but not the weights.
+        # A shallow copy keeps every setting that the class's own gate reads (limits, act_fn), but not the weights.
         shell = copy.copy(self.module)
         shell.__dict__["_modules"] = dict(self.module._modules)
         removed = self.stacked_weights()
@@ -241,8 +236,6 @@ class FusedExperts(ExpertsView):
 
 class ExpertList(ExpertsView):
     """The experts of an ``nn.ModuleList`` of gated MLPs, run through ``block.moe_infer(x, ids, weights)``."""
-
-    module: nn.ModuleList
 
     def __init__(self, name: str, module: nn.Module, block: nn.Module) -> None:
         super().__init__(name, module, block)
@@ -297,7 +290,7 @@ class ExpertList(ExpertsView):
 
     def _routed_call(self) -> tuple[nn.Module, str, Callable[[RoutedCall], Callable[..., Tensor]]]:
         if self.block.training:
-            raise RuntimeError(f"intercept: {self.name} is routed through moe_infer in eval mode only, got a training model")
+            raise RuntimeError(f"intercept: {self.name} uses moe_infer in eval mode only, got a training model")
 
         def adapt(function: RoutedCall) -> Callable[..., Tensor]:
             return lambda x, ids, weights: function(x, ids.reshape(x.shape[0], -1), weights.reshape(x.shape[0], -1))
@@ -313,7 +306,7 @@ class ExpertList(ExpertsView):
 class _ModelsGate:
     """``_apply_gate`` of a fused module without its weights (as an object: its bound method cannot be pickled)."""
 
-    def __init__(self, shell: nn.Module) -> None:
+    def __init__(self, shell: Any) -> None:
         self.shell = shell
 
     def __call__(self, gate_up: Tensor) -> Tensor:
@@ -331,13 +324,13 @@ class _ChunkedGate:
         return self.act_fn(gate) * up
 
 
-def _moe_infer(block: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _moe_infer(block: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """``moe_infer`` of a block whose expert list was replaced: the flat pairs become rows of k per token again."""
     return block.experts(x, ids.reshape(x.shape[0], -1), weights.reshape(x.shape[0], -1))
 
 
 def native_activation(act_fn: Callable[[Tensor], Tensor]) -> str | None:
-    """The operators' name for ``act_fn``, or None: decided by what it computes, since models name and wrap it variously."""
+    """The operators' name for ``act_fn``, or None: goes by what it computes, as models name and wrap it variously."""
     if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
         return None
     # Wide enough to tell clipped variants apart; on the CPU also where the model itself is on the meta device.
@@ -375,14 +368,14 @@ def find_experts(model: nn.Module) -> list[ExpertsView]:
         elif _has_stacked_weights(module):
             if not hasattr(type(module), "_apply_gate"):
                 raise ValueError(
-                    f"find_experts: {name} must be called with (hidden_states, top_k_index, top_k_weights) as transformers' "
-                    f"experts implementations are, got {type(module).__name__}, which is not one of them"
+                    f"find_experts: {name} must be called with (hidden_states, top_k_index, top_k_weights) as "
+                    f"transformers' experts implementations are, got {type(module).__name__}, which is not one of them"
                 )
             views.append(FusedExperts(name, module, block))
     if not views:
         raise ValueError(
-            f"find_experts: the model must have mixture-of-experts layers (stacked experts of transformers 5, or a list of "
-            f"gated MLPs run through moe_infer), got {type(model).__name__} without one"
+            f"find_experts: the model must have mixture-of-experts layers (stacked experts of transformers 5, or a "
+            f"list of gated MLPs run through moe_infer), got {type(model).__name__} without one"
         )
     return views
 

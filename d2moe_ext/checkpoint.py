@@ -6,18 +6,18 @@ config.json says it under ``quantization_config``::
      "layers": {"model.layers.0.mlp.experts": {"layout": {...}, "gate_up": {...}, "down": {...}, "deltas": {...}}, ...},
      "compression": {"ratio": 0.4, ...}}
 
-with each layer's :class:`~d2moe_ext.spec.ExpertsSpec` under the path of its experts in the model. The tensors are those of
-:class:`~d2moe_ext.experts.D2MoEExperts`. Every error is a ``ValueError`` of one sentence that names the file.
+with each layer's :class:`~d2moe_ext.spec.ExpertsSpec` under the path of its experts in the model. The tensors are those
+of :class:`~d2moe_ext.experts.D2MoEExperts`. Every error is a ``ValueError`` of one sentence that names the file.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,7 +62,9 @@ class CompressedLayers:
             ValueError: another method, a newer format, or an entry that describes no layer.
         """
         if data.get("quant_method") != QUANT_METHOD:
-            raise ValueError(f"quantization_config: quant_method must be {QUANT_METHOD!r}, got {data.get('quant_method')!r}")
+            raise ValueError(
+                f"quantization_config: quant_method must be {QUANT_METHOD!r}, got {data.get('quant_method')!r}"
+            )
         version = data.get("format_version")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The module that stands where a compressed layer's experts stood.
 
-Sizes as everywhere: E experts, H hidden, I intermediate, R rows of gate_up, K bases, r rank. What the module holds is what the
-file holds (one name per tensor, in the module's own place in the model):
+Sizes as everywhere: E experts, H hidden, I intermediate, R rows of gate_up, K bases, r rank. What the module holds is
+what the file holds (one name per tensor, in the module's own place in the model):
 
     gate_up_base [K, R, H_kept]   gate_up_columns [K, H_kept] int32 where H_kept < H   gate_up_expert_to_base [E] int32
     down_base    [K, H, I_kept]   down_columns    [K, I_kept] int32 where I_kept < I   down_expert_to_base    [E] int32
@@ -48,8 +48,8 @@ class D2MoEExperts(nn.Module):
 
     Args:
         spec: the shapes.
-        gating: the original experts' view (or its gating, or a function ``[n, R] -> [n, I]``), needed where the gate or the
-            norm after each expert is the model's own; None where ``spec.layout.activation`` says it all.
+        gating: the original experts' view (or its gating, or a function ``[n, R] -> [n, I]``), needed where the gate or
+            the norm after each expert is the model's own; None where ``spec.layout.activation`` says it all.
         dtype: of all floating tensors (the forward's dtype).
         device: of all tensors; they are zeros until filled or loaded.
 
@@ -78,7 +78,9 @@ class D2MoEExperts(nn.Module):
         for group in GROUPS:
             group_spec: GroupSpec = getattr(spec, group)
             out, inputs = spec.shape_of(group)
-            setattr(self, f"{group}_base", _frozen(group_spec.num_bases, out, group_spec.kept, dtype=dtype, device=device))
+            setattr(
+                self, f"{group}_base", _frozen(group_spec.num_bases, out, group_spec.kept, dtype=dtype, device=device)
+            )
             if layout.has_bias:
                 setattr(self, f"{group}_bias", _frozen(layout.num_experts, out, dtype=dtype, device=device))
             if group_spec.kept < inputs:
@@ -117,7 +119,7 @@ class D2MoEExperts(nn.Module):
 
     @property
     def prunes_dynamically(self) -> bool:
-        """Whether a forward multiplies fewer columns than are stored, so that a batch's tokens depend on one another."""
+        """Whether a forward multiplies fewer columns than are stored: then a batch's tokens depend on one another."""
         return self.dynamic and any(self._group(group).keep < self._group(group).kept for group in GROUPS)
 
     def _group(self, group: str) -> GroupSpec:
@@ -218,9 +220,9 @@ def _refresh_after_load(module: D2MoEExperts, incompatible_keys: object) -> None
 class UncompressedExperts(D2MoEExperts):
     """The experts of a plain layer, run by the same operators: K = E, every base an expert, no deltas.
 
-    Shares the original's storage: no weight is held twice. (A module list's weights become views of one stacked tensor each;
-    a transposed layout is read through a transposed view.) Its state dict is the original's, name by name, so a patched model
-    saves and loads as the plain model that it is.
+    Shares the original's storage: no weight is held twice. (A module list's weights become views of one stacked tensor
+    each; a transposed layout is read through a transposed view.) Its state dict is the original's, name by name, so a
+    patched model saves and loads as the plain model that it is.
 
     Args:
         view: the plain experts; ``view.module`` is kept as ``original``.
@@ -242,7 +244,9 @@ class UncompressedExperts(D2MoEExperts):
             setattr(self, f"{group}_expert_to_base", every)
         # In __dict__, not as a submodule: its parameters are this module's already.
         self.__dict__["original"] = view.module
-        self.__dict__["_stacked"] = _stack_list if isinstance(view, ExpertList) else _stack_fused
+        self._stacked: Callable[[Any], dict[str, nn.Parameter]] = (
+            _stack_list if isinstance(view, ExpertList) else _stack_fused
+        )
         self._share()
 
     def _share(self) -> None:
@@ -291,5 +295,7 @@ def _stack_list(original: nn.ModuleList) -> dict[str, nn.Parameter]:
             for expert, rows in zip(parts, stack, strict=True):
                 for part, data in zip(expert, rows.split([part.shape[0] for part in expert]), strict=True):
                     part.data = data
-            shared[f"{group}_{suffix}"] = nn.Parameter(stack, requires_grad=any(p.requires_grad for e in parts for p in e))
+            shared[f"{group}_{suffix}"] = nn.Parameter(
+                stack, requires_grad=any(p.requires_grad for e in parts for p in e)
+            )
     return shared

@@ -1,4 +1,4 @@
-"""The numbers that describe one compressed layer: what config.json says of it, and what its tensors' shapes follow from."""
+"""The numbers that describe one compressed layer: what config.json says of it, and what its shapes follow from."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class ExpertsSpec:
     Attributes:
         layout: the layer's :class:`~d2moe_ext.adapters.ExpertsLayout`.
         gate_up, down: the bases.
-        deltas: by projection: gate, up and down; or gate_up and down (which interleaved rows require); up and down where
-            there is no gate; or none.
+        deltas: by projection: gate, up and down; or gate_up and down (which interleaved rows require); up and down
+            where there is no gate; or none.
 
     Raises:
         ValueError: one sentence, for numbers that do not describe a layer.
@@ -63,7 +63,8 @@ class ExpertsSpec:
                 )
             if not 1 <= spec.keep <= spec.kept <= columns:
                 raise ValueError(
-                    f"ExpertsSpec: {group} must have 1 <= keep <= kept <= {columns}, got keep {spec.keep}, kept {spec.kept}"
+                    f"ExpertsSpec: {group} must have 1 <= keep <= kept <= {columns}, "
+                    f"got keep {spec.keep}, kept {spec.kept}"
                 )
         allowed = [delta_names(self.layout, joint_gate_up=True), ()]
         if not self.layout.interleaved:
@@ -71,10 +72,14 @@ class ExpertsSpec:
         if set(self.deltas) not in [set(names) for names in allowed]:
             raise ValueError(f"ExpertsSpec: deltas must be one of {sorted(set(allowed))}, got {sorted(self.deltas)}")
         if not self.deltas and self.down.kept < self.layout.intermediate_size:
-            raise ValueError(f"ExpertsSpec: down.kept must be {self.layout.intermediate_size} without deltas, got {self.down.kept}")
+            raise ValueError(
+                f"ExpertsSpec: down.kept must be {self.layout.intermediate_size} without deltas, got {self.down.kept}"
+            )
         for name, delta in self.deltas.items():
             if delta.u_rows < 0 or delta.v_rows < 0:
-                raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")
+                raise ValueError(
+                    f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}"
+                )
 
         # One order whatever the source (config.json sorts its keys): it is that of the tensors in sharded files.
         object.__setattr__(self, "deltas", {name: self.deltas[name] for name in _DELTA_ORDER if name in self.deltas})

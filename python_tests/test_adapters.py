@@ -78,7 +78,10 @@ def test_intercept_sees_the_routed_call_and_the_views_weights_are_the_models(fam
         return dense_experts(view)(hidden_states, top_k_index, top_k_weights)
 
     tokens = token_ids().numel()
-    with views[0].intercept(functools.partial(record, views[0])), views[1].intercept(functools.partial(record, views[1])):
+    with (
+        views[0].intercept(functools.partial(record, views[0])),
+        views[1].intercept(functools.partial(record, views[1])),
+    ):
         assert_close(logits(model), expected)
     assert calls == [(view.name, (tokens, HIDDEN), (tokens, TOP_K), (tokens, TOP_K)) for view in views]
     logits(model)
@@ -252,8 +255,10 @@ def test_a_gate_of_the_models_own_is_never_taken_for_a_native_one():
 
 
 def test_refusals_are_one_sentence():
-    with pytest.raises(ValueError, match="must have mixture-of-experts layers .* got LlamaForCausalLM without one"):
-        find_experts(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2)))
+    with pytest.raises(ValueError, match=r"must have mixture-of-experts layers .* got LlamaForCausalLM without one"):
+        find_experts(
+            LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2))
+        )
     llama4 = Llama4TextConfig(
         vocab_size=8,
         hidden_size=16,
@@ -281,10 +286,11 @@ def test_list_refusals_are_one_sentence():
     with pytest.raises(ValueError, match="must route them through moe_infer, got Module without it"):
         find_experts(_block(experts))
     with pytest.raises(RuntimeError, match="in eval mode only, got a training model"):
-        with find_experts(model.train())[0].intercept(lambda x, ids, weights: x):
-            pass
+        find_experts(model.train())[0].intercept(lambda x, ids, weights: x).__enter__()
     experts[2].up_proj = nn.Linear(HIDDEN, INTER + 1, bias=False)
-    with pytest.raises(ValueError, match=r"find_experts: the experts of layers\.0\.mlp\.experts must have equal shapes"):
+    with pytest.raises(
+        ValueError, match=r"find_experts: the experts of layers\.0\.mlp\.experts must have equal shapes"
+    ):
         find_experts(model)
 
 

@@ -140,9 +140,9 @@ def test_tensors_that_are_missing_unexpected_or_unlike(tmp_path):
     good = {name: tensor.clone() for name, tensor in expected.items()}
     check(**good)
     check(**{**good, "a": good["a"].half()})  # the loader casts
-    with pytest.raises(ValueError, match="^the checkpoint must hold the tensor b, got a checkpoint without it$"):
+    with pytest.raises(ValueError, match=r"^the checkpoint must hold the tensor b, got a checkpoint without it$"):
         check(a=good["a"])
-    with pytest.raises(ValueError, match="must hold only tensors that its config.json describes, got c$"):
+    with pytest.raises(ValueError, match=r"must hold only tensors that its config.json describes, got c$"):
         check(**good, c=torch.zeros(1))
     with pytest.raises(ValueError, match=r"a must have shape \[2, 3\], got \[3, 2\]$"):
         check(**{**good, "a": torch.zeros(3, 2)})

@@ -46,12 +46,9 @@ def routed(num_tokens=11, seed=0, dtype=torch.float32, hidden=HIDDEN, experts=EX
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "list_moe"])
 def test_full_rank_deltas_give_the_plain_layer(family, how):
-    if family == "gpt_oss":
-        how = {**HOW[how], "joint_gate_up": True}
-    else:
-        how = HOW[how]
+    required = {"joint_gate_up": True} if family == "gpt_oss" else {}
     view = find_experts(tiny_model(family).double())[0]
-    experts = compress_exactly(view, **how)
+    experts = compress_exactly(view, **{**HOW[how], **required})
     arguments = routed(dtype=torch.float64)
     assert_close(experts(*arguments), dense_experts(view)(*arguments))
 
@@ -74,7 +71,10 @@ def reconstructed(experts: D2MoEExperts, projection: str, expert: int) -> torch.
     columns = getattr(experts, f"{group}_columns", torch.arange(inputs).expand(EXPERTS, -1))[base].long()
     weight[:, columns] = getattr(experts, f"{group}_base")[base].double()
     rank, u, v = (int(getattr(experts, f"{projection}_delta_{p}")[expert]) for p in ("rank", "u_start", "v_start"))
-    delta = getattr(experts, f"{projection}_delta_u")[u : u + rank].T @ getattr(experts, f"{projection}_delta_v")[v : v + rank]
+    delta = (
+        getattr(experts, f"{projection}_delta_u")[u : u + rank].T
+        @ getattr(experts, f"{projection}_delta_v")[v : v + rank]
+    )
     rows = {"gate": slice(0, INTER), "up": slice(INTER, 2 * INTER)}.get(projection, slice(None))
     return weight[rows] + delta.double()
 
@@ -92,7 +92,7 @@ def random_experts(dynamic: int = 0) -> D2MoEExperts:
     )
     experts = D2MoEExperts(spec, None, dtype=torch.float64)
     g = torch.Generator().manual_seed(3)
-    for name, parameter in experts.named_parameters():
+    for parameter in experts.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64))
     for group, (_, inputs) in (("gate_up", spec.shape_of("gate_up")), ("down", spec.shape_of("down"))):
         columns = getattr(experts, f"{group}_columns")

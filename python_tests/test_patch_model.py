@@ -147,16 +147,20 @@ def test_the_native_backend_refuses_gradients_and_the_torch_backend_gives_them()
 
 def test_refusals_are_one_sentence(tmp_path):
     compressed_model("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="^patch_model: backend must be 'native' or 'torch', got 'cuda'$"):
+    with pytest.raises(ValueError, match=r"^patch_model: backend must be 'native' or 'torch', got 'cuda'$"):
         patch_model(tiny_model("mixtral"), backend="cuda")
-    with pytest.raises(ValueError, match="^unpatch_model: the model must be patched, got an unpatched MixtralForCausalLM$"):
+    with pytest.raises(
+        ValueError, match=r"^unpatch_model: the model must be patched, got an unpatched MixtralForCausalLM$"
+    ):
         unpatch_model(tiny_model("mixtral"))
-    with pytest.raises(ValueError, match="^patch_model: the model must not be patched already"):
+    with pytest.raises(ValueError, match=r"^patch_model: the model must not be patched already"):
         patch_model(patch_model(tiny_model("mixtral")))
     with pytest.raises(ValueError, match="must be plain where a checkpoint is given, got 2 compressed layers"):
         patch_model(compressed_model("mixtral"), tmp_path)
     with pytest.raises(ValueError, match="must have mixture-of-experts layers"):
-        patch_model(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2)))
+        patch_model(
+            LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2))
+        )
     with pytest.raises(ValueError, match=r"must be a compressed checkpoint, got a path without config\.json"):
         patch_model(tiny_model("mixtral"), tmp_path / "nowhere")
 
@@ -168,7 +172,11 @@ def test_a_model_is_left_as_it_was_when_its_checkpoint_is_refused(damage, tmp_pa
         "plain": "must hold a quantization_config of a compressed model, got none",
         "other": "must have the experts 'layers.0.mlp.experts' that the checkpoint describes",
     }
-    source = {"truncated": compressed_model("mixtral"), "plain": tiny_model("mixtral"), "other": compressed_model("list_moe")}
+    source = {
+        "truncated": compressed_model("mixtral"),
+        "plain": tiny_model("mixtral"),
+        "other": compressed_model("list_moe"),
+    }
     source[damage].save_pretrained(tmp_path / "checkpoint")
     if damage == "truncated":
         file = tmp_path / "checkpoint" / "model.safetensors"

@@ -103,7 +103,7 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
 
 
 def tolerance(values: Tensor, dtype: torch.dtype | None = None) -> float:
-    """How far two evaluation orders may part: a rounding per term of the longest sums (some hundred), a few layers deep."""
+    """How far two evaluation orders may part: a rounding per term of sums of some hundred, layer upon layer."""
     return 256 * torch.finfo(dtype or values.dtype).eps * float(values.detach().abs().max())
 
 
@@ -130,7 +130,7 @@ def dense_experts(view: ExpertsView) -> Callable[[Tensor, Tensor, Tensor], Tenso
 def compress_exactly(
     view: ExpertsView, num_bases: int = 1, pruned: int = 0, dynamic: int = 0, joint_gate_up: bool | None = None
 ) -> D2MoEExperts:
-    """Compressed experts that compute what the plain ones do: deltas of full rank against the (pruned) mean of each base.
+    """Compressed experts that compute what the plain ones do: full-rank deltas against the (pruned) mean of each base.
 
     Args:
         num_bases: expert e belongs to base ``e % num_bases``.
@@ -183,7 +183,7 @@ def _delta_rows(group: str, gated: bool, joint: bool, delta: Tensor) -> dict[str
 
 
 def _full_rank(name: str, delta: Tensor, tensors: dict[str, Tensor]) -> DeltaSpec:
-    """Factor ``delta [E, out, in]`` as identity times delta, or delta times identity; the identity's rows are shared."""
+    """Factor ``delta [E, out, in]`` as identity times delta, or delta times identity, whose rows are shared."""
     num_experts, out, inputs = delta.shape
     rank = min(out, inputs)
     own = torch.arange(num_experts, dtype=torch.int32) * rank
@@ -200,7 +200,7 @@ def _full_rank(name: str, delta: Tensor, tensors: dict[str, Tensor]) -> DeltaSpe
 
 
 def compressed_model(family: str, layers: list[int] | None = None, **how: object) -> transformers.PreTrainedModel:
-    """A tiny model whose experts (of some MoE layers, counted from 0; None: all) are compressed, marked so that it saves."""
+    """A tiny model whose experts (of some MoE layers, counted from 0; None: all) are compressed; it can be saved."""
     model = tiny_model(family)
     specs = {}
     for index, view in enumerate(find_experts(model)):

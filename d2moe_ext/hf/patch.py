@@ -38,13 +38,13 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
     """Run the experts of ``model`` through this package's operators, in place.
 
     Args:
-        model: a compressed model, whose layers change their backend; or a plain one, whose experts are then computed as they
-            are (one base for each expert, no deltas) and share their weights with the original modules.
+        model: a compressed model, whose layers change their backend; or a plain one, whose experts are then computed as
+            they are (one base for each expert, no deltas) and share their weights with the original modules.
         checkpoint: a directory of a compressed model: its layers are loaded into the plain ``model``, in the device and
-            dtype of what they replace. The plain experts are kept for :func:`unpatch_model`; to hold the compressed ones
-            only, load the directory with ``from_pretrained``.
-        backend: ``"native"``, for inference (a gradient that would be needed raises), or ``"torch"``, the differentiable
-            reference.
+            dtype of what they replace. The plain experts are kept for :func:`unpatch_model`; to hold the compressed
+            ones only, load the directory with ``from_pretrained``.
+        backend: ``"native"``, for inference (a gradient that would be needed raises), or ``"torch"``, the
+            differentiable reference.
 
     Returns:
         ``model``.
@@ -60,7 +60,10 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
     modules = compressed_modules(model)
     if checkpoint is not None:
         if modules:
-            raise ValueError(f"patch_model: the model must be plain where a checkpoint is given, got {len(modules)} compressed layers")
+            raise ValueError(
+                f"patch_model: the model must be plain where a checkpoint is given, "
+                f"got {len(modules)} compressed layers"
+            )
         patch = _load_layers(model, Path(checkpoint))
     elif modules:
         patch = _Patch({})
@@ -119,13 +122,14 @@ def _load_layers(model: PreTrainedModel, directory: Path) -> _Patch:
             continue  # a norm after each expert: the plain model's own, which compression leaves alone
         empty = getattr(modules[path], name)
         value = tensor.to(device=devices[path], dtype=empty.dtype, copy=True)
-        setattr(modules[path], name, nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value)
+        setattr(
+            modules[path], name, nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value
+        )
     for name, module in modules.items():
         module.check_indices(name)
-        module.refresh_column_norms()
     originals = {name: view.module for name, view in views.items()}
     for name, view in views.items():
         view.replace(modules[name])
     patch = _Patch(originals, marked=True, weight_conversions=getattr(model, "_weight_conversions", None))
-    mark_compressed(model, described.layers, described.compression)
+    mark_compressed(model, described.layers, described.compression)  # which also computes the column norms
     return patch

@@ -1,9 +1,10 @@
-"""The quantization method ``"d2moe"`` of transformers: how ``from_pretrained`` and ``save_pretrained`` meet compressed layers.
+"""The quantization method ``"d2moe"``: how transformers' ``from_pretrained`` and ``save_pretrained`` meet our layers.
 
 transformers lets a package outside it register a quantizer. Ours swaps the experts of the empty model for empty
-:class:`~d2moe_ext.experts.D2MoEExperts` before any weight is read, so that the ordinary loader fills them, shard by shard,
-straight to their place. transformers' own weight conversions stay as they are: its renamings apply to our tensors too, in both
-directions, and its converters (which merge the per-expert tensors of plain layers) match none of their names.
+:class:`~d2moe_ext.experts.D2MoEExperts` before any weight is read, so that the ordinary loader fills them, shard by
+shard, straight to their place. transformers' own weight conversions stay as they are: its renamings apply to our
+tensors too, in both directions, and its converters (which merge the per-expert tensors of plain layers) match none of
+their names.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class D2MoEConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class D2MoEQuantizer(HfQuantizer):
-    """Builds the compressed experts of a model that ``from_pretrained`` is about to fill, and checks them afterwards."""
+    """Builds the compressed experts of a model that ``from_pretrained`` is about to fill, and checks them after."""
 
     requires_calibration = True
     quantization_config: D2MoEConfig
@@ -56,8 +57,8 @@ class D2MoEQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._loading: tuple[PreTrainedModel, list[str] | None] | None = None
         if not hasattr(HfQuantizer, "get_new_dtype"):
-            # transformers before 5.17 leaves every renamed tensor of a pre-quantized checkpoint in the file's dtype, and
-            # Mixtral's are all renamed. Ours are plain tensors: "not pre-quantized" there means "cast as usual".
+            # transformers before 5.17 leaves every renamed tensor of a pre-quantized checkpoint in the file's dtype,
+            # and Mixtral's are all renamed. Ours are plain tensors: "not pre-quantized" there means "cast as usual".
             self.pre_quantized = False
 
     def _process_model_before_weight_loading(
@@ -66,7 +67,9 @@ class D2MoEQuantizer(HfQuantizer):
         install_experts(model, self.quantization_config.compressed_layers().layers)
         self._loading = (model, checkpoint_files)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         # The model is passed since 5.17 only. This is the first moment at which the names in the files can be told.
         assert self._loading is not None  # preprocess_model comes first
         model, files = self._loading
@@ -116,7 +119,9 @@ def views_of(model: nn.Module, layers: Mapping[str, ExpertsSpec]) -> dict[str, E
     views = {view.name: view for view in find_experts(model)}
     for name, spec in layers.items():
         if name not in views:
-            raise ValueError(f"d2moe: the model must have the experts {name!r} that the checkpoint describes, got {sorted(views)}")
+            raise ValueError(
+                f"d2moe: the model must have the experts {name!r} that the checkpoint describes, got {sorted(views)}"
+            )
         if views[name].layout != spec.layout:
             raise ValueError(f"d2moe: {name} must have the checkpoint's layout {spec.layout}, got {views[name].layout}")
     return {name: views[name] for name in layers}
@@ -131,7 +136,9 @@ def install_experts(model: nn.Module, layers: Mapping[str, ExpertsSpec]) -> None
 
 def expected_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Every tensor that a file must hold for these modules, by its name in the model."""
-    return {f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()}
+    return {
+        f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()
+    }
 
 
 def check_files(
@@ -141,7 +148,7 @@ def check_files(
     weight_conversions: list[Any],
     where: str,
 ) -> dict[str, str]:
-    """Check that the files hold exactly the tensors of ``modules``, and return the names in the files by those in the model.
+    """Check that the files hold just the tensors of ``modules``; return their names in the files by those in the model.
 
     transformers itself only warns about missing tensors, and fills them with noise.
 
@@ -161,7 +168,7 @@ def check_files(
 
 
 def mark_compressed(model: PreTrainedModel, specs: dict[str, ExpertsSpec], record: dict[str, Any]) -> None:
-    """Tell transformers that ``model``, whose experts were replaced in memory, is a compressed model, so that it can be saved.
+    """Tell transformers that ``model``, whose experts were replaced in memory, is compressed, so that it can be saved.
 
     Args:
         model: its experts at the paths of ``specs`` are :class:`~d2moe_ext.experts.D2MoEExperts`.
@@ -173,23 +180,25 @@ def mark_compressed(model: PreTrainedModel, specs: dict[str, ExpertsSpec], recor
     """
     modules = compressed_modules(model)
     if {name: module.spec for name, module in modules.items()} != specs:
-        raise ValueError(f"mark_compressed: specs must describe the model's compressed experts {sorted(modules)}, got {sorted(specs)}")
+        raise ValueError(
+            f"mark_compressed: specs must describe the model's compressed experts {sorted(modules)}, "
+            f"got {sorted(specs)}"
+        )
     config = D2MoEConfig(**CompressedLayers(specs, record).to_dict())
     quantizer = D2MoEQuantizer(config, pre_quantized=True)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    # As preprocess_model and from_pretrained do it. In __dict__: nn.Module's own typing knows tensors and modules only.
+    model.__dict__.update(hf_quantizer=quantizer, is_quantized=True, quantization_method=config.quant_method)
     quantizer.postprocess_model(model)
     if getattr(model, "_weight_conversions", None) is None:
-        # Built in memory, not by from_pretrained. Saved as it is, transformers would order the tensors otherwise than after
-        # a load, and shards would differ; so remember what it would look up itself.
+        # Built in memory, not by from_pretrained. Saved as it is, transformers would order the tensors otherwise than
+        # after a load, and shards would differ; so remember what it would look up itself.
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-        model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
+        model.__dict__["_weight_conversions"] = [c for c in conversions if not isinstance(c, PrefixChange)]
 
 
 def unmark_compressed(model: PreTrainedModel, weight_conversions: list[Any] | None) -> None:
     """Undo :func:`mark_compressed`; ``weight_conversions`` are those the model remembered before, if any."""
-    model._weight_conversions = weight_conversions
+    model.__dict__["_weight_conversions"] = weight_conversions
     assert isinstance(model.hf_quantizer, D2MoEQuantizer)
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
