@@ -175,7 +175,7 @@ class _LayerCompressor:
         """The compressed experts, ready to take the view's place."""
         view = self.view
         weight = view.down_weight(0)
-        experts = D2MoEExperts(self.spec(), view.module, dtype=weight.dtype, device=weight.device)
+        experts = D2MoEExperts(self.spec(), view, dtype=weight.dtype, device=weight.device)
         state: dict[str, Tensor] = {}
         for group, pruned in self.bases.items():
             state[f"{group}_base"] = pruned.stored
