@@ -1,0 +1,293 @@
+"""The module that stands where a compressed layer's experts stood.
+
+Sizes as everywhere: E experts, H hidden, I intermediate, R rows of gate_up, K bases, r rank. What the module holds is what the
+file holds (one name per tensor, in the module's own place in the model):
+
+    gate_up_base [K, R, H_kept]   gate_up_columns [K, H_kept] int32 where H_kept < H   gate_up_expert_to_base [E] int32
+    down_base    [K, H, I_kept]   down_columns    [K, I_kept] int32 where I_kept < I   down_expert_to_base    [E] int32
+    gate_up_bias [E, R] and down_bias [E, H] where the model has them
+    {projection}_delta_u [R_u, out], _delta_v [R_v, in], _delta_rank, _delta_u_start, _delta_v_start [E] int32
+
+Expert e's delta of a projection is ``delta_u[u : u + r].T @ delta_v[v : v + r]`` with ``r, u, v`` its rank and starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2moe_ext import ops
+from d2moe_ext.adapters import ExpertGating, ExpertList, ExpertsView, FusedExperts
+from d2moe_ext.reference.moe_forward import moe_down_forward, moe_forward, moe_gate_up_forward
+from d2moe_ext.spec import GROUPS, DeltaSpec, ExpertsSpec, GroupSpec, delta_names
+
+__all__ = ["D2MoEExperts", "DeltaSpec", "ExpertsSpec", "GroupSpec", "UncompressedExperts", "delta_names"]
+
+
+class _Operators(NamedTuple):
+    moe_forward: Callable[..., Tensor]
+    moe_gate_up_forward: Callable[..., Tensor]
+    moe_down_forward: Callable[..., Tensor]
+
+
+_BACKENDS = {
+    "torch": _Operators(moe_forward, moe_gate_up_forward, moe_down_forward),
+    "native": _Operators(ops.moe_forward, ops.moe_gate_up_forward, ops.moe_down_forward),
+}
+
+
+def _frozen(*shape: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class D2MoEExperts(nn.Module):
+    """The compressed experts of one layer, called like the experts they replace.
+
+    Args:
+        spec: the shapes.
+        gating: the original experts' view (or its gating, or a function ``[n, R] -> [n, I]``), needed where the gate or the
+            norm after each expert is the model's own; None where ``spec.layout.activation`` says it all.
+        dtype: of all floating tensors (the forward's dtype).
+        device: of all tensors; they are zeros until filled or loaded.
+
+    Attributes:
+        backend: ``"torch"``, the differentiable reference, or ``"native"``, the operators (set by ``patch_model``).
+        dynamic: False multiplies all stored columns instead of the best ``keep`` for the batch at hand.
+
+    Raises:
+        ValueError: no gating was given and the layout needs one.
+    """
+
+    def __init__(
+        self,
+        spec: ExpertsSpec,
+        gating: ExpertsView | ExpertGating | Callable[[Tensor], Tensor] | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backend: Literal["torch", "native"] = "torch"
+        self.dynamic = True
+        self._take_gating(gating)
+        layout = spec.layout
+        for group in GROUPS:
+            group_spec: GroupSpec = getattr(spec, group)
+            out, inputs = spec.shape_of(group)
+            setattr(self, f"{group}_base", _frozen(group_spec.num_bases, out, group_spec.kept, dtype=dtype, device=device))
+            if layout.has_bias:
+                setattr(self, f"{group}_bias", _frozen(layout.num_experts, out, dtype=dtype, device=device))
+            if group_spec.kept < inputs:
+                self._register_indices(f"{group}_columns", (group_spec.num_bases, group_spec.kept), device)
+            self._register_indices(f"{group}_expert_to_base", (layout.num_experts,), device)
+            if group_spec.keep < group_spec.kept:
+                self.register_buffer(f"{group}_column_norms", None, persistent=False)
+        for name, delta in spec.deltas.items():
+            out, inputs = spec.shape_of(name)
+            setattr(self, f"{name}_delta_u", _frozen(delta.u_rows, out, dtype=dtype, device=device))
+            setattr(self, f"{name}_delta_v", _frozen(delta.v_rows, inputs, dtype=dtype, device=device))
+            for part in ("rank", "u_start", "v_start"):
+                self._register_indices(f"{name}_delta_{part}", (layout.num_experts,), device)
+        self.refresh_column_norms()
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    def _take_gating(self, gating: ExpertsView | ExpertGating | Callable[[Tensor], Tensor] | None) -> None:
+        if isinstance(gating, ExpertsView):
+            gating = gating.gating()
+        if gating is not None and not isinstance(gating, ExpertGating):
+            gating = ExpertGating({}, gating)
+        if gating is None and (self.spec.layout.activation is None or self.spec.layout.has_post_expert_norm):
+            raise ValueError("D2MoEExperts: gating must be given where the gate or a norm is the model's own, got None")
+        for name, child in gating.children.items() if gating is not None else ():
+            self.add_module(name, child)
+        self.gating = gating
+
+    def _register_indices(self, name: str, shape: tuple[int, ...], device: torch.device | str | None) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> D2MoEExperts:
+        # .to(dtype) would round the float32 norms, and .to_empty() lose them.
+        super()._apply(fn, recurse)
+        self.refresh_column_norms()
+        return self
+
+    @property
+    def prunes_dynamically(self) -> bool:
+        """Whether a forward multiplies fewer columns than are stored, so that a batch's tokens depend on one another."""
+        return self.dynamic and any(self._group(group).keep < self._group(group).kept for group in GROUPS)
+
+    def _group(self, group: str) -> GroupSpec:
+        return getattr(self.spec, group)
+
+    def refresh_column_norms(self) -> None:
+        """Recompute ``||base[:, j]||_2`` (eq. 9), which is not stored; needed after the bases were written to."""
+        for group in GROUPS:
+            if self._group(group).keep < self._group(group).kept:
+                base = getattr(self, f"{group}_base").detach()
+                setattr(self, f"{group}_column_norms", torch.linalg.vector_norm(base, dim=1, dtype=torch.float32))
+
+    def check_indices(self, name: str = "D2MoEExperts") -> None:
+        """Check every index list against the tensors it points into; called once after loading.
+
+        Raises:
+            ValueError: one sentence with ``name``, the list, its range and the value found.
+        """
+        for group in GROUPS:
+            columns = getattr(self, f"{group}_columns", None)
+            if columns is not None:
+                _check_range(f"{name}: {group}_columns", columns, self.spec.shape_of(group)[1])
+            bases = getattr(self, f"{group}_expert_to_base")
+            _check_range(f"{name}: {group}_expert_to_base", bases, self._group(group).num_bases)
+        for projection, delta in self.spec.deltas.items():
+            rank = getattr(self, f"{projection}_delta_rank").long()
+            for part, rows in (("u", delta.u_rows), ("v", delta.v_rows)):
+                start = getattr(self, f"{projection}_delta_{part}_start").long()
+                _check_range(f"{name}: {projection}_delta_rank", rank, rows + 1)
+                _check_range(f"{name}: {projection}_delta_{part}_start", start, rows + 1)
+                _check_range(f"{name}: {projection}_delta_{part}_start + rank", start + rank, rows + 1)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run the experts: ``[T, H]``, ``[T, k]`` ids and ``[T, k]`` router weights to ``[T, H]``.
+
+        Ids outside ``0..E-1`` contribute nothing. With the native backend a gradient that would be needed raises
+        ``RuntimeError``.
+        """
+        layout, operators = self.spec.layout, _BACKENDS[self.backend]
+        gate_up, down = self._arguments("gate_up"), self._arguments("down")
+        if layout.activation is not None and not layout.has_post_expert_norm:
+            deltas = self._deltas(self.spec.delta_order)
+            how = (layout.activation, layout.interleaved)
+            return operators.moe_forward(hidden_states, top_k_index, top_k_weights, *gate_up, *down, *deltas, *how)
+        gating = self.gating
+        assert gating is not None  # _take_gating
+        upper, lower = self._deltas(self.spec.delta_order[:-1]), self._deltas(self.spec.delta_order[-1:])
+        gate_up_rows = operators.moe_gate_up_forward(hidden_states, top_k_index, *gate_up, *upper)
+        activated = gating.apply_gate(gate_up_rows).to(hidden_states.dtype)
+        per_pair = layout.has_post_expert_norm
+        output = operators.moe_down_forward(activated, top_k_index, top_k_weights, *down, *lower, per_pair)
+        if not per_pair:
+            return output
+        pairs = gating.post_expert_norm(output).view(*top_k_index.shape, -1)
+        # A norm with an offset would make something of the zero rows of ids that are no expert.
+        valid = (top_k_index >= 0) & (top_k_index < layout.num_experts)
+        pairs = pairs.where(valid.unsqueeze(-1), 0) * top_k_weights.unsqueeze(-1)
+        return pairs.sum(dim=1, dtype=torch.promote_types(pairs.dtype, torch.float32)).to(hidden_states.dtype)
+
+    def _arguments(self, group: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int, Tensor | None]:
+        """base, columns, column_norms, expert_to_base, keep, bias of a group, as the operators take them."""
+        spec = self._group(group)
+        return (
+            getattr(self, f"{group}_base"),
+            getattr(self, f"{group}_columns", None),
+            getattr(self, f"{group}_column_norms", None),
+            getattr(self, f"{group}_expert_to_base"),
+            spec.keep if self.dynamic else spec.kept,
+            getattr(self, f"{group}_bias", None),
+        )
+
+    def _deltas(self, names: tuple[str, ...]) -> list[list[Tensor]]:
+        """delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, one entry for each of ``names``."""
+        parts = ("u", "v", "rank", "u_start", "v_start")
+        return [[getattr(self, f"{name}_delta_{part}") for name in names] for part in parts]
+
+    @classmethod
+    def uncompressed(cls, view: ExpertsView) -> UncompressedExperts:
+        """The experts of ``view`` as they are (K = E, no deltas), sharing their storage."""
+        return UncompressedExperts(view)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.spec.layout.num_experts}, gate_up={self.spec.gate_up}, down={self.spec.down}"
+
+
+def _check_range(what: str, indices: Tensor, end: int) -> None:
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= end):
+        value = int(indices.min()) if int(indices.min()) < 0 else int(indices.max())
+        raise ValueError(f"{what} must be in 0..{end - 1}, got {value}")
+
+
+def _refresh_after_load(module: D2MoEExperts, incompatible_keys: object) -> None:
+    module.refresh_column_norms()
+
+
+class UncompressedExperts(D2MoEExperts):
+    """The experts of a plain layer, run by the same operators: K = E, every base an expert, no deltas.
+
+    Shares the original's storage: no weight is held twice. (A module list's weights become views of one stacked tensor each;
+    a transposed layout is read through a transposed view.) Its state dict is the original's, name by name, so a patched model
+    saves and loads as the plain model that it is.
+
+    Args:
+        view: the plain experts; ``view.module`` is kept as ``original``.
+    """
+
+    original: nn.Module
+
+    def __init__(self, view: ExpertsView) -> None:
+        layout = view.layout
+        gate_up, down = (
+            GroupSpec(num_bases=layout.num_experts, kept=columns, keep=columns)
+            for columns in (layout.hidden_size, layout.intermediate_size)
+        )
+        weight = view.down_weight(0)
+        # On meta: nothing is allocated that the original's own tensors will replace.
+        super().__init__(ExpertsSpec(layout, gate_up, down, {}), view, dtype=weight.dtype, device="meta")
+        for group in GROUPS:
+            every = torch.arange(layout.num_experts, dtype=torch.int32, device=weight.device)
+            setattr(self, f"{group}_expert_to_base", every)
+        # In __dict__, not as a submodule: its parameters are this module's already.
+        self.__dict__["original"] = view.module
+        self.__dict__["_stacked"] = _stack_list if isinstance(view, ExpertList) else _stack_fused
+        self._share()
+
+    def _share(self) -> None:
+        for name, parameter in self._stacked(self.original).items():
+            setattr(self, name, parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UncompressedExperts:
+        self.original._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._share()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.original.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name, module in self.original.named_modules():
+            module._load_from_state_dict(state_dict, f"{prefix}{name}." if name else prefix, *arguments)
+
+
+def _stack_fused(original: nn.Module) -> dict[str, nn.Parameter]:
+    """A fused module's parameters under the names of :class:`D2MoEExperts`: the same objects, or transposed views."""
+    view = FusedExperts("", original, original)
+    shared = {}
+    for name, parameter in view.stacked_weights().items():
+        group = "down" if name.startswith("down") else "gate_up"
+        if name.endswith("_bias"):
+            shared[f"{group}_bias"] = parameter
+        elif view.is_transposed:
+            data = parameter.detach().transpose(1, 2)
+            shared[f"{group}_base"] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+        else:
+            shared[f"{group}_base"] = parameter
+    return shared
+
+
+def _stack_list(original: nn.ModuleList) -> dict[str, nn.Parameter]:
+    """A module list's weights stacked, the list's own parameters made views of the stack."""
+    shared = {}
+    for kind, suffix in (("weight", "base"), ("bias", "bias")):
+        for group, projections in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+            parts = [[getattr(getattr(expert, name), kind) for name in projections] for expert in original]
+            if parts[0][0] is None:
+                continue
+            stack = torch.stack([torch.cat([part.detach() for part in expert]) for expert in parts])
+            for expert, rows in zip(parts, stack, strict=True):
+                for part, data in zip(expert, rows.split([part.shape[0] for part in expert]), strict=True):
+                    part.data = data
+            shared[f"{group}_{suffix}"] = nn.Parameter(stack, requires_grad=any(p.requires_grad for e in parts for p in e))
+    return shared

@@ -1,0 +1,126 @@
+"""The numbers that describe one compressed layer: what config.json says of it, and what its tensors' shapes follow from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from d2moe_ext.adapters import ExpertsLayout
+
+GROUPS = ("gate_up", "down")
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One input group's base: K, the columns stored, and the columns multiplied per forward."""
+
+    num_bases: int
+    kept: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """The rows that all experts' U and V of one projection take together."""
+
+    u_rows: int
+    v_rows: int
+
+
+def delta_names(layout: ExpertsLayout, joint_gate_up: bool) -> tuple[str, ...]:
+    """The projections with a delta of their own, in the operators' order."""
+    if not layout.gated:
+        return ("up", "down")
+    return ("gate_up", "down") if joint_gate_up else ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The shapes of one compressed layer.
+
+    Attributes:
+        layout: the layer's :class:`~d2moe_ext.adapters.ExpertsLayout`.
+        gate_up, down: the bases.
+        deltas: by projection: gate, up and down; or gate_up and down (which interleaved rows require); up and down where
+            there is no gate; or none.
+
+    Raises:
+        ValueError: one sentence, for numbers that do not describe a layer.
+    """
+
+    layout: ExpertsLayout
+    gate_up: GroupSpec
+    down: GroupSpec
+    deltas: dict[str, DeltaSpec]
+
+    def __post_init__(self) -> None:
+        for group, columns in (("gate_up", self.layout.hidden_size), ("down", self.layout.intermediate_size)):
+            spec: GroupSpec = getattr(self, group)
+            if not 1 <= spec.num_bases <= self.layout.num_experts:
+                raise ValueError(
+                    f"ExpertsSpec: {group}.num_bases must be in 1..{self.layout.num_experts}, got {spec.num_bases}"
+                )
+            if not 1 <= spec.keep <= spec.kept <= columns:
+                raise ValueError(
+                    f"ExpertsSpec: {group} must have 1 <= keep <= kept <= {columns}, got keep {spec.keep}, kept {spec.kept}"
+                )
+        allowed = [delta_names(self.layout, joint_gate_up=True), ()]
+        if not self.layout.interleaved:
+            allowed.append(delta_names(self.layout, joint_gate_up=False))
+        if set(self.deltas) not in [set(names) for names in allowed]:
+            raise ValueError(f"ExpertsSpec: deltas must be one of {sorted(set(allowed))}, got {sorted(self.deltas)}")
+        if not self.deltas and self.down.kept < self.layout.intermediate_size:
+            raise ValueError(f"ExpertsSpec: down.kept must be {self.layout.intermediate_size} without deltas, got {self.down.kept}")
+        for name, delta in self.deltas.items():
+            if delta.u_rows < 0 or delta.v_rows < 0:
+                raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")
+
+    @property
+    def delta_order(self) -> tuple[str, ...]:
+        """The names of ``deltas`` in the operators' order."""
+        return tuple(name for name in ("gate", "up", "gate_up", "down") if name in self.deltas)
+
+    def shape_of(self, projection: str) -> tuple[int, int]:
+        """``(out, in)`` of a projection or group: gate, up, gate_up or down."""
+        hidden_size, intermediate_size = self.layout.hidden_size, self.layout.intermediate_size
+        if projection == "down":
+            return hidden_size, intermediate_size
+        return (self.layout.gate_up_rows if projection == "gate_up" else intermediate_size), hidden_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and dicts, as they stand in config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ExpertsSpec:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: one sentence, for a missing, unknown or mistyped entry, or numbers that describe no layer.
+        """
+        _check_keys("spec", data, {"layout", "gate_up", "down", "deltas"})
+        if not isinstance(data["deltas"], dict):
+            raise ValueError(f"ExpertsSpec: deltas must be a mapping, got {data['deltas']!r}")
+        return cls(
+            layout=_from_dict(ExpertsLayout, "layout", data["layout"]),
+            gate_up=_from_dict(GroupSpec, "gate_up", data["gate_up"]),
+            down=_from_dict(GroupSpec, "down", data["down"]),
+            deltas={name: _from_dict(DeltaSpec, f"deltas.{name}", delta) for name, delta in data["deltas"].items()},
+        )
+
+
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "str | None": (str, type(None))}
+
+
+def _check_keys(where: str, data: Any, expected: set[str]) -> None:
+    if not isinstance(data, dict) or set(data) != expected:
+        got = sorted(data) if isinstance(data, dict) else repr(data)
+        raise ValueError(f"ExpertsSpec: {where} must have the entries {sorted(expected)}, got {got}")
+
+
+def _from_dict(kind: Any, where: str, data: Any) -> Any:
+    _check_keys(where, data, {field.name for field in fields(kind)})
+    for field in fields(kind):
+        if type(data[field.name]) not in _FIELD_TYPES[str(field.type)]:
+            raise ValueError(f"ExpertsSpec: {where}.{field.name} must be {field.type}, got {data[field.name]!r}")
+    return kind(**data)
