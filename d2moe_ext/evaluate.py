@@ -57,10 +57,7 @@ def compressed_experts(model: nn.Module) -> Iterator[D2MoEExperts]:
 
 def prunes_dynamically(model: nn.Module) -> bool:
     """Whether any layer of ``model`` multiplies fewer columns than it keeps (design: dynamic pruning)."""
-    return any(
-        experts.dynamic and any(group.keep < group.kept for group in (experts.spec.gate_up, experts.spec.down))
-        for experts in compressed_experts(model)
-    )
+    return any(experts.prunes_dynamically for experts in compressed_experts(model))
 
 
 def set_dynamic(model: nn.Module, dynamic: bool) -> None:
@@ -82,7 +79,7 @@ def _windows(num_tokens: int, window: int, stride: int) -> list[_Window]:
 
 
 def _batches(windows: list[_Window], batch_size: int) -> Iterator[list[_Window]]:
-    """Neighbours of one length and one number of scored tokens; unequal ones never share a batch, so nothing is padded."""
+    """Neighbours equal in length and in scored tokens; unequal ones never share a batch, so nothing is padded."""
     batch: list[_Window] = []
     for window in windows:
         same = batch and (batch[0].end - batch[0].begin, batch[0].scored) == (window.end - window.begin, window.scored)
@@ -164,11 +161,11 @@ def perplexity(
 
 
 def _negative_log_likelihood(model: nn.Module, token_ids: Tensor, batch: list[_Window], device: torch.device) -> float:
-    """The summed loss of a batch of equal windows: logits ``[batch, length, vocabulary]``, one row at a time in float32."""
+    """The summed loss of a batch of equal windows."""
     inputs = torch.stack([token_ids[entry.begin : entry.end] for entry in batch]).to(device)
     targets = torch.stack([token_ids[entry.end - entry.scored + 1 : entry.end + 1] for entry in batch]).to(device)
     logits = model(input_ids=inputs, use_cache=False).logits
-    # Row by row: a float32 copy of a whole batch's logits would be the largest tensor of an evaluation.
+    # Row by row: a float32 copy of a batch's logits [batch, length, vocabulary] would be the largest tensor here.
     losses = [
         nn.functional.cross_entropy(row[-len(target) :].float(), target, reduction="none").double().sum()
         for row, target in zip(logits, targets, strict=True)

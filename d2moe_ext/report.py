@@ -12,19 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
-_COUNT_UNITS = ("", " k", " M", " G", " T")
+_COUNT_UNITS = ("", "k", "M", "G", "T")
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:
-    """Three digits and a unit: every step of 1000 is a unit."""
-    for unit in units[:-1]:
-        if abs(value) < 999.5:
-            break
+    """Three digits and a unit, each 1000 of the one before."""
+    power = 0
+    while abs(value) >= 999.5 and power < len(units) - 1:
         value /= 1000
-    else:
-        unit = units[-1]
-    digits = 0 if unit == units[0] else max(0, 3 - len(str(int(abs(value)))))
-    return f"{value:.{digits}f}{unit if unit.startswith(' ') or not unit else f' {unit}'}"
+        power += 1
+    digits = max(0, 3 - len(str(int(abs(value))))) if power else 0
+    return f"{value:.{digits}f} {units[power]}".rstrip()
 
 
 def human_bytes(value: float) -> str:
@@ -160,8 +158,8 @@ def demo_tables(result: dict[str, Any]) -> RenderableType:
         sizes = (f"{row[key]:,}" for key in ("parameters", "bytes_on_disk", "bytes_planned"))
         table.add_row(row["label"], *sizes, f"{row['perplexity']:.3f}", *speeds)
     notes = Text(
-        f"Perplexity over {result['tokens']:,} held-out tokens in windows of {result['window']}; compressed models with "
-        f"dynamic pruning, one window at a time. Calibrated on {result['calibration_tokens']:,} tokens. "
+        f"Perplexity over {result['tokens']:,} held-out tokens in windows of {result['window']}; compressed models "
+        f"with dynamic pruning, one window at a time. Calibrated on {result['calibration_tokens']:,} tokens. "
         f"{result['seconds']:.0f} s in all."
     )
     passages = [

@@ -108,7 +108,7 @@ def _check_reachable(network: PreTrainedModel, config: CompressionConfig) -> Non
     from d2moe_ext.shapes import model_shapes
 
     if getattr(network.config, "quantization_config", None) is not None:
-        raise ValueError("MODEL must be neither compressed nor quantized, got one with a quantization_config.")
+        raise ValueError("MODEL must be neither compressed nor quantized, got a quantization_config.")
     plan_compression(model_shapes(network), config)
 
 

@@ -69,7 +69,7 @@ class DemoResult:
 
 
 def heldout_tokens(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Tensor:
-    """Held-out documents in a fixed random order (sorted, one kind of text would come first), int64 ``[num_tokens]``."""
+    """Held-out documents in a fixed random order, int64 ``[num_tokens]``: sorted, one kind would come first."""
     documents = python_documents("heldout")
     random.Random(SEED).shuffle(documents)
     # No tokenizer spends more tokens than a text has bytes, and few spend less than one on 8 of them.

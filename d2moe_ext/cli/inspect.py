@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from d2moe_ext.cli import common
 from d2moe_ext.cli.options import JsonOption
-
-if TYPE_CHECKING:
-    from d2moe_ext.experts import ExpertsSpec
 
 
 def inspect_command(
@@ -29,16 +28,16 @@ def inspect_command(
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What ``d2moe inspect --json`` prints."""
-    from d2moe_ext import checkpoint
+    """What ``d2moe inspect --json`` prints: shapes from config.json and the files' headers, ranks from the tensors."""
+    from d2moe_ext.spec import ExpertsSpec
 
-    record = checkpoint.read_record(directory)
-    reader = checkpoint.TensorReader(directory)
-    layers = [_describe_layer(name, spec, reader) for name, spec in record.layers.items()]
+    entry = _quantization_entry(directory)
+    specs = {name: ExpertsSpec.from_dict(spec) for name, spec in entry["layers"].items()}
+    shapes, ranks = _read_tensors(directory)
     return {
-        "format_version": record.format_version,
-        "compression": record.compression,
-        "parameters": sum(reader.elements(name) for name in reader.names()),
+        "format_version": entry["format_version"],
+        "compression": entry["compression"],
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "bytes_on_disk": common.weight_bytes(directory),
-        "layers": layers,
+        "layers": [_layer(name, spec, shapes, ranks) for name, spec in specs.items()],
     }

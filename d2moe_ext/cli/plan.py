@@ -65,7 +65,7 @@ def _plan(config: PreTrainedConfig, compression: Any, dtype: common.Dtype, trust
 
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            "CONFIG_OR_MODEL must be neither compressed nor quantized, got one with a quantization_config."
+            "CONFIG_OR_MODEL must be neither compressed nor quantized, got a quantization_config."
         )
     return plan_compression(model_shapes(meta_model(config, dtype, trust_remote_code)), compression).to_dict()
 
