@@ -154,7 +154,6 @@ class _LayerCompressor:
         rows_u, rows_v, errors, ridges = [], [], [], []
         for expert, rank in enumerate(self.plan.ranks[name]):
             u, v, sigma, ridge = self.decompose(name, expert, rank)
-            u, v = balanced(u, v)
             rows_u.append(u.T)
             rows_v.append(v)
             energy = float(sigma.square().sum())
@@ -200,14 +199,6 @@ class _LayerCompressor:
                 raise RuntimeError(f"compress: {key} of {view.name} must be finite, got NaN or infinity.")
         experts.load_state_dict({key: value.to(experts.state_dict()[key].dtype) for key, value in state.items()})
         return experts, reports
-
-
-def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each rank's column of ``u`` and row of ``v`` to one norm, so that neither leaves float16's range."""
-    norm_u, norm_v = u.norm(dim=0), v.norm(dim=1)
-    positive = (norm_u > 0) & (norm_v > 0)
-    scale = torch.where(positive, (norm_v / norm_u.clamp_min(torch.finfo(u.dtype).tiny)).sqrt(), 1.0)
-    return u * scale, v / scale[:, None]
 
 
 def _check(views: list[ExpertsView], stats: CalibrationStats, config: CompressionConfig) -> None:

@@ -12,7 +12,6 @@ from d2moe_ext.budget import plan_compression
 from d2moe_ext.calibration import calibrate
 from d2moe_ext.compress import (
     _LayerCompressor,
-    balanced,
     compress_experts,
     shrunk_down_gram,
     shrunk_gate_up_gram,
@@ -87,7 +86,7 @@ def output_error(view, experts, name, stats):
         u, v = (part[start : start + rank].double() for part in (experts.down_delta_u, experts.down_delta_v))
         approximation = experts.down_base[0].double() + u.T @ v
         difference = view.down_weight(expert).double() - approximation
-        total += float((difference @ stats.gram_down[expert] * difference).sum())
+        total += float((difference @ stats.gram_down[expert] * difference).sum().detach())
     return total
 
 
@@ -282,14 +281,6 @@ def test_statistics_of_another_model_or_without_left_grams_are_refused(calibrate
         compress_experts(tiny_mixtral(num_layers=3), stats, CompressionConfig(0.3))
     with pytest.raises(ValueError, match="needs stats taken with left_gram, got left_gram=None"):
         compress_experts(copy_of(model), replace(stats, left_gram=None), CompressionConfig(0.3, decomposition="two_sided"))
-
-
-def test_balanced_factors_have_one_norm_and_the_same_product():
-    u, v = torch.randn(7, 3, dtype=torch.float64) * 1e6, torch.randn(3, 5, dtype=torch.float64) * 1e-6
-    u[:, 2] = 0
-    left, right = balanced(u, v)
-    torch.testing.assert_close(left @ right, u @ v)
-    torch.testing.assert_close(left.norm(dim=0)[:2], right.norm(dim=1)[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

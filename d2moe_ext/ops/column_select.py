@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2moe_ext.ops._device import check_same_device
+
 
 def column_select(
     hidden_states: Tensor, column_norms: Tensor, keep: int, columns: Tensor | None = None
@@ -30,4 +32,6 @@ def column_select(
 
 @torch.library.register_fake("d2moe_ext::column_select")
 def _(hidden_states: Tensor, column_norms: Tensor, keep: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    first = ("hidden_states", hidden_states)
+    check_same_device("column_select", first, column_norms=column_norms, columns=columns)
     return torch.empty_like(column_norms), column_norms.new_empty((keep,), dtype=torch.int32)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2moe_ext.ops._device import check_same_device
+
 
 def fisher_merge_(weighted_sum: Tensor, fisher_sum: Tensor, weight: Tensor, gradient: Tensor, scale: float) -> None:
     """Add one expert's Fisher information from one sequence to the sums that the merged base is made of, in place.
@@ -25,4 +27,5 @@ def fisher_merge_(weighted_sum: Tensor, fisher_sum: Tensor, weight: Tensor, grad
 
 @torch.library.register_fake("d2moe_ext::fisher_merge_")
 def _(weighted_sum: Tensor, fisher_sum: Tensor, weight: Tensor, gradient: Tensor, scale: float) -> None:
-    return None
+    first = ("weighted_sum", weighted_sum)
+    check_same_device("fisher_merge_", first, fisher_sum=fisher_sum, weight=weight, gradient=gradient)

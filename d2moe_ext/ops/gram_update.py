@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2moe_ext.ops._device import check_same_device
+
 
 def gram_update_(gram: Tensor, hidden_states: Tensor, row_weights: Tensor | None = None) -> None:
     """Add ``hidden_states.T @ diag(row_weights) @ hidden_states`` to ``gram``, in place.
@@ -24,4 +26,4 @@ def gram_update_(gram: Tensor, hidden_states: Tensor, row_weights: Tensor | None
 
 @torch.library.register_fake("d2moe_ext::gram_update_")
 def _(gram: Tensor, hidden_states: Tensor, row_weights: Tensor | None = None) -> None:
-    return None
+    check_same_device("gram_update_", ("gram", gram), hidden_states=hidden_states, row_weights=row_weights)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2moe_ext.ops._device import check_same_device
+
 
 def whitened_svd(
     delta: Tensor,
@@ -56,6 +58,7 @@ def _(
     ridge: float = 1e-6,
     left_ridge: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_same_device("whitened_svd", ("delta", delta), gram=gram, left_gram=left_gram)
     batch, m, n = delta.shape
     return (
         delta.new_empty((batch, m, rank)),

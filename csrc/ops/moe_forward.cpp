@@ -1,0 +1,219 @@
+// moe_forward, moe_gate_up_forward, moe_down_forward: schemas and CPU implementations (arguments: d2moe_ext/ops/moe_forward.py).
+//
+//   gate_up[t, e] = base[b] x[t, P] + U[e] (V[e] x[t]) + bias[e]       [T * k, R], base once per (token, base)
+//   h[t, e]       = act(gate) * up, or act(up)                         [T * k, I]
+//   y[t]          = sum_b base[b] (sum_{e of b} g h[t, e])[P] + sum_e g (U[e] (V[e] h[t, e]) + bias[e])      [T, H]
+#include "ops/moe_forward.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <string_view>
+
+namespace d2moe {
+
+namespace {
+
+constexpr const char* kMoeForward = "moe_forward";
+constexpr const char* kGateUpForward = "moe_gate_up_forward";
+constexpr const char* kDownForward = "moe_down_forward";
+
+// I is the width of down's input; down's base alone does not tell it where columns are pruned.
+int64_t intermediate_size_of(const BaseGroup& down, at::ArrayRef<Delta> deltas) {
+  if (!deltas.empty()) {
+    TORCH_CHECK(deltas.back().v.dim() == 2, kMoeForward, ": delta_v[", deltas.size() - 1,
+                "] must have shape [R_v, I], got ", deltas.back().v.sizes());
+    return deltas.back().v.size(1);
+  }
+  TORCH_CHECK(!down.columns.has_value(), kMoeForward,
+              ": delta_v must hold at least down's [R_v, I], which may have 0 rows, where down_columns is given, got no tensor");
+  TORCH_CHECK(down.base.dim() == 3, kMoeForward, ": down_base must have shape [K, out, kept], got ", down.base.sizes());
+  return down.kept();
+}
+
+bool is_gated(const BaseGroup& gate_up, int64_t intermediate_size) {
+  TORCH_CHECK(gate_up.out_features() == 2 * intermediate_size || gate_up.out_features() == intermediate_size, kMoeForward,
+              ": gate_up_base must have I or 2 I rows with I = ", intermediate_size, ", got ", gate_up.out_features());
+  return gate_up.out_features() != intermediate_size;
+}
+
+void check_delta_count(size_t count, bool gated, bool interleaved) {
+  TORCH_CHECK(count == 0 || count == 2 || (count == 3 && gated), kMoeForward, ": delta_u must hold ",
+              gated ? "0, 2 or 3" : "0 or 2", " tensors, got ", count);
+  TORCH_CHECK(count != 3 || !interleaved, kMoeForward,
+              ": delta_u must hold 2 tensors (gate_up, down) where gate_up is interleaved, got 3");
+}
+
+struct ForwardPlan {
+  int64_t intermediate_size;
+  bool gated;
+  size_t num_gate_up_deltas;
+};
+
+ForwardPlan check_moe_forward(const at::Tensor& hidden_states, const at::Tensor& top_k_index,
+                              const at::Tensor& top_k_weights, const BaseGroup& gate_up, const BaseGroup& down,
+                              at::ArrayRef<Delta> deltas, bool interleaved) {
+  check_input(kMoeForward, "hidden_states", hidden_states);
+  check_routing(kMoeForward, top_k_index, hidden_states, "hidden_states");
+  check_weights(kMoeForward, top_k_weights, top_k_index);
+  ForwardPlan plan{};
+  const int64_t hidden_size = hidden_states.size(1);
+  plan.intermediate_size = intermediate_size_of(down, deltas);
+  check_base_group(kMoeForward, gate_up, hidden_states, hidden_size);
+  check_base_group(kMoeForward, down, hidden_states, plan.intermediate_size);
+  TORCH_CHECK(down.out_features() == hidden_size, kMoeForward, ": down_base must have ", hidden_size,
+              " rows like the columns of hidden_states, got ", down.out_features());
+  TORCH_CHECK(down.num_experts() == gate_up.num_experts(), kMoeForward, ": down_expert_to_base must have shape [",
+              gate_up.num_experts(), "] like gate_up_expert_to_base, got ", down.expert_to_base.sizes());
+  plan.gated = is_gated(gate_up, plan.intermediate_size);
+  check_delta_count(deltas.size(), plan.gated, interleaved);
+  plan.num_gate_up_deltas = deltas.empty() ? 0 : deltas.size() - 1;
+  check_deltas(kMoeForward, gate_up, deltas.slice(0, plan.num_gate_up_deltas), 0, hidden_states, hidden_size);
+  check_deltas(kMoeForward, down, deltas.slice(plan.num_gate_up_deltas), plan.num_gate_up_deltas, hidden_states,
+               plan.intermediate_size);
+  return plan;
+}
+
+// Index lists as the kernels read them: contiguous, and every value in range.
+void prepare_indices(const char* op, BaseGroup& group, int64_t in_features) {
+  group = with_contiguous_lists(std::move(group));
+  check_base_group_indices(op, group, in_features);
+}
+
+void prepare_indices(const char* op, std::vector<Delta>& deltas) {
+  deltas = with_contiguous_lists(std::move(deltas));
+  check_delta_indices(op, deltas, 0);
+}
+
+at::Tensor moe_forward_cpu(
+    const at::Tensor& hidden_states, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
+    const at::Tensor& gate_up_base, const std::optional<at::Tensor>& gate_up_columns,
+    const std::optional<at::Tensor>& gate_up_column_norms, const at::Tensor& gate_up_expert_to_base,
+    int64_t gate_up_keep, const std::optional<at::Tensor>& gate_up_bias, const at::Tensor& down_base,
+    const std::optional<at::Tensor>& down_columns, const std::optional<at::Tensor>& down_column_norms,
+    const at::Tensor& down_expert_to_base, int64_t down_keep, const std::optional<at::Tensor>& down_bias,
+    at::TensorList delta_u, at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
+    at::TensorList delta_v_start, std::string_view activation, bool interleaved) {
+  BaseGroup gate_up{"gate_up",    gate_up_base, gate_up_columns, gate_up_column_norms, gate_up_expert_to_base,
+                    gate_up_keep, gate_up_bias};
+  BaseGroup down{"down", down_base, down_columns, down_column_norms, down_expert_to_base, down_keep, down_bias};
+  std::vector<Delta> deltas = make_deltas(kMoeForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start);
+  const kernels::Activation act = parse_activation(kMoeForward, activation);
+  const ForwardPlan plan =
+      check_moe_forward(hidden_states, top_k_index, top_k_weights, gate_up, down, deltas, interleaved);
+  prepare_indices(kMoeForward, gate_up, hidden_states.size(1));
+  prepare_indices(kMoeForward, down, plan.intermediate_size);
+  prepare_indices(kMoeForward, deltas);
+
+  // h stands in the order that down reads it in, which is gate_up's unless their experts share bases differently.
+  const bool same_bases =
+      gate_up.num_bases() == down.num_bases() && at::equal(gate_up.expert_to_base, down.expert_to_base);
+  const kernels::MoeRouting gate_up_routing = route(top_k_index, gate_up, false);
+  const kernels::MoeRouting own_routing = same_bases ? kernels::MoeRouting() : route(top_k_index, down, false);
+  const kernels::MoeRouting& down_routing = same_bases ? gate_up_routing : own_routing;
+  const int64_t num_pairs = static_cast<int64_t>(down_routing.sorted_pair.size());
+  const at::Tensor activated = at::empty({num_pairs, plan.intermediate_size}, hidden_states.options());
+  const auto activate = [&](const kernels::CombinedRows& rows, int64_t num_rows) {
+    parallel_rows(num_rows, rows.width, [&](int64_t begin, int64_t end) {
+      kernels::gated_activation(rows, act, plan.gated, interleaved, begin, end, activated.mutable_data_ptr());
+    });
+  };
+  const at::ArrayRef<Delta> all_deltas(deltas);
+  for_each_expert_product(hidden_states.contiguous(), false, gate_up_routing, gate_up,
+                          all_deltas.slice(0, plan.num_gate_up_deltas), down_routing.position_of_pair.data(), activate);
+  return weighted_down(activated, down_routing.position_of_pair.data(), down_routing, top_k_weights, down,
+                       all_deltas.slice(plan.num_gate_up_deltas));
+}
+
+// base + delta + bias of every pair; rows of ids that are no expert stay 0.
+at::Tensor combine_pairs(const at::Tensor& source, bool row_per_pair, const at::Tensor& top_k_index,
+                         const BaseGroup& group, at::ArrayRef<Delta> deltas) {
+  const kernels::MoeRouting routing = route(top_k_index, group, row_per_pair);
+  const at::Tensor output = at::zeros({top_k_index.numel(), group.out_features()}, source.options());
+  for_each_expert_product(source.contiguous(), row_per_pair, routing, group, deltas, nullptr,
+                          [&](const kernels::CombinedRows& rows, int64_t num_rows) {
+                            parallel_rows(num_rows, rows.width, [&](int64_t begin, int64_t end) {
+                              kernels::combine_rows(rows, begin, end, output.mutable_data_ptr());
+                            });
+                          });
+  return output;
+}
+
+at::Tensor moe_gate_up_forward_cpu(
+    const at::Tensor& hidden_states, const at::Tensor& top_k_index, const at::Tensor& gate_up_base,
+    const std::optional<at::Tensor>& gate_up_columns, const std::optional<at::Tensor>& gate_up_column_norms,
+    const at::Tensor& gate_up_expert_to_base, int64_t gate_up_keep, const std::optional<at::Tensor>& gate_up_bias,
+    at::TensorList delta_u, at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
+    at::TensorList delta_v_start) {
+  BaseGroup gate_up{"gate_up",    gate_up_base, gate_up_columns, gate_up_column_norms, gate_up_expert_to_base,
+                    gate_up_keep, gate_up_bias};
+  std::vector<Delta> deltas = make_deltas(kGateUpForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start);
+  TORCH_CHECK(deltas.size() <= 2, kGateUpForward, ": delta_u must hold 0, 1 or 2 tensors, got ", deltas.size());
+  check_input(kGateUpForward, "hidden_states", hidden_states);
+  check_routing(kGateUpForward, top_k_index, hidden_states, "hidden_states");
+  check_base_group(kGateUpForward, gate_up, hidden_states, hidden_states.size(1));
+  check_deltas(kGateUpForward, gate_up, deltas, 0, hidden_states, hidden_states.size(1));
+  prepare_indices(kGateUpForward, gate_up, hidden_states.size(1));
+  prepare_indices(kGateUpForward, deltas);
+  return combine_pairs(hidden_states, false, top_k_index, gate_up, deltas);
+}
+
+at::Tensor moe_down_forward_cpu(const at::Tensor& activated, const at::Tensor& top_k_index,
+                                const at::Tensor& top_k_weights, const at::Tensor& down_base,
+                                const std::optional<at::Tensor>& down_columns,
+                                const std::optional<at::Tensor>& down_column_norms,
+                                const at::Tensor& down_expert_to_base, int64_t down_keep,
+                                const std::optional<at::Tensor>& down_bias, at::TensorList delta_u,
+                                at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
+                                at::TensorList delta_v_start, bool per_pair) {
+  BaseGroup down{"down", down_base, down_columns, down_column_norms, down_expert_to_base, down_keep, down_bias};
+  std::vector<Delta> deltas = make_deltas(kDownForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start);
+  TORCH_CHECK(deltas.size() <= 1, kDownForward, ": delta_u must hold 0 or 1 tensors, got ", deltas.size());
+  check_input(kDownForward, "activated", activated);
+  check_routing(kDownForward, top_k_index, activated, "activated");
+  check_weights(kDownForward, top_k_weights, top_k_index);
+  check_base_group(kDownForward, down, activated, activated.size(1));
+  check_deltas(kDownForward, down, deltas, 0, activated, activated.size(1));
+  prepare_indices(kDownForward, down, activated.size(1));
+  prepare_indices(kDownForward, deltas);
+  if (per_pair) {
+    return combine_pairs(activated, true, top_k_index, down, deltas);
+  }
+  return weighted_down(activated.contiguous(), nullptr, route(top_k_index, down, false), top_k_weights, down, deltas);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(d2moe_ext, m) {
+  m.def(
+      "moe_forward(Tensor hidden_states, Tensor top_k_index, Tensor top_k_weights, "
+      "Tensor gate_up_base, Tensor? gate_up_columns, Tensor? gate_up_column_norms, Tensor gate_up_expert_to_base, "
+      "int gate_up_keep, Tensor? gate_up_bias, "
+      "Tensor down_base, Tensor? down_columns, Tensor? down_column_norms, Tensor down_expert_to_base, "
+      "int down_keep, Tensor? down_bias, "
+      "Tensor[] delta_u, Tensor[] delta_v, Tensor[] delta_rank, Tensor[] delta_u_start, Tensor[] delta_v_start, "
+      "str activation, bool interleaved) -> Tensor");
+  m.def(
+      "moe_gate_up_forward(Tensor hidden_states, Tensor top_k_index, "
+      "Tensor gate_up_base, Tensor? gate_up_columns, Tensor? gate_up_column_norms, Tensor gate_up_expert_to_base, "
+      "int gate_up_keep, Tensor? gate_up_bias, "
+      "Tensor[] delta_u, Tensor[] delta_v, Tensor[] delta_rank, Tensor[] delta_u_start, Tensor[] delta_v_start"
+      ") -> Tensor");
+  m.def(
+      "moe_down_forward(Tensor activated, Tensor top_k_index, Tensor top_k_weights, "
+      "Tensor down_base, Tensor? down_columns, Tensor? down_column_norms, Tensor down_expert_to_base, "
+      "int down_keep, Tensor? down_bias, "
+      "Tensor[] delta_u, Tensor[] delta_v, Tensor[] delta_rank, Tensor[] delta_u_start, Tensor[] delta_v_start, "
+      "bool per_pair) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(d2moe_ext, CPU, m) {
+  m.impl("moe_forward", &moe_forward_cpu);
+  m.impl("moe_gate_up_forward", &moe_gate_up_forward_cpu);
+  m.impl("moe_down_forward", &moe_down_forward_cpu);
+}
+
+}  // namespace d2moe

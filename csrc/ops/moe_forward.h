@@ -1,0 +1,99 @@
+// What the files of moe_forward share: its arguments in groups, their checks, and its two halves.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/gated_activation.h"
+#include "kernels/moe_routing.h"
+
+namespace d2moe {
+
+// The bases of one input group, gate_up or down: [K, out, in_kept] and what goes with them.
+struct BaseGroup {
+  const char* name;  // "gate_up" or "down", for messages
+  at::Tensor base;
+  std::optional<at::Tensor> columns;
+  std::optional<at::Tensor> column_norms;
+  at::Tensor expert_to_base;
+  int64_t keep;
+  std::optional<at::Tensor> bias;
+
+  int64_t num_bases() const { return base.size(0); }
+  int64_t out_features() const { return base.size(1); }
+  int64_t kept() const { return base.size(2); }
+  int64_t num_experts() const { return expert_to_base.size(0); }
+  bool prunes_dynamically() const { return keep < kept(); }
+};
+
+// The low-rank deltas of one projection: U[e] = u[u_start[e] : u_start[e] + rank[e]].T, V[e] likewise without the transpose.
+struct Delta {
+  at::Tensor u;
+  at::Tensor v;
+  at::Tensor rank;
+  at::Tensor u_start;
+  at::Tensor v_start;
+
+  int64_t rank_of(int64_t expert) const { return rank.const_data_ptr<int32_t>()[expert]; }
+  at::Tensor u_of(int64_t expert) const;  // [rank, out]
+  at::Tensor v_of(int64_t expert) const;  // [rank, in]
+};
+
+std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList v, at::TensorList rank,
+                               at::TensorList u_start, at::TensorList v_start);
+
+// Checks of shapes, dtypes and devices, which need no tensor's values and so hold on every device.
+void check_input(const char* op, const char* name, const at::Tensor& input);
+void check_routing(const char* op, const at::Tensor& top_k_index, const at::Tensor& input, const char* input_name);
+void check_weights(const char* op, const at::Tensor& top_k_weights, const at::Tensor& top_k_index);
+void check_base_group(const char* op, const BaseGroup& group, const at::Tensor& input, int64_t in_features);
+// The deltas of one group, numbered from first_index in messages: one over all its rows, or two over half of them each.
+void check_deltas(const char* op, const BaseGroup& group, at::ArrayRef<Delta> deltas, size_t first_index,
+                  const at::Tensor& input, int64_t in_features);
+
+// Checks of everything that is read as an index, for tensors the CPU can read.
+void check_base_group_indices(const char* op, const BaseGroup& group, int64_t in_features);
+void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas, size_t first_index);
+
+// Contiguous copies of the lists that are read by pointer, where they are not contiguous already.
+BaseGroup with_contiguous_lists(BaseGroup group);
+std::vector<Delta> with_contiguous_lists(std::vector<Delta> deltas);
+
+kernels::ElementType element_type_of(const at::Tensor& tensor);
+kernels::Activation parse_activation(const char* op, std::string_view activation);
+
+kernels::MoeRouting route(const at::Tensor& top_k_index, const BaseGroup& group, bool force_one_row_per_pair);
+
+// Calls function(begin, end) on ranges of rows in parallel, each thread with some 16k elements at least.
+void parallel_rows(int64_t num_rows, int64_t row_width, const std::function<void(int64_t, int64_t)>& function);
+
+// source[rows, columns] (nullptr: all columns), or `source` itself where that is the same.
+at::Tensor gather(const at::Tensor& source, const int64_t* rows, int64_t num_rows, const int32_t* columns,
+                  int64_t num_columns, const uint8_t* selected = nullptr);
+
+// What base number `base` multiplies: source[rows, columns], where the columns that these rows' scores (eq. 9) do not
+// select are zeroed if the group prunes dynamically.
+at::Tensor gather_base_input(const at::Tensor& source, const int64_t* rows, int64_t num_rows, const int32_t* columns,
+                             const BaseGroup& group, int64_t base);
+
+// out = x V[e].T U[e].T
+void delta_product(const at::Tensor& out, const at::Tensor& x, const Delta& delta, int64_t expert);
+
+// The products of every (token, expert) pair, one expert at a time: base, deltas and bias, handed to finish(rows, num_rows)
+// to be added up. Pair p multiplies source row p if `row_per_pair` (its routing must have one_row_per_pair), else row
+// p / top_k, and goes to output_row[p] (nullptr: row p).
+using FinishRows = std::function<void(const kernels::CombinedRows& rows, int64_t num_rows)>;
+void for_each_expert_product(const at::Tensor& source, bool row_per_pair, const kernels::MoeRouting& routing,
+                             const BaseGroup& group, at::ArrayRef<Delta> deltas, const int64_t* output_row,
+                             const FinishRows& finish);
+
+// y [T, H] = sum over experts of weight * down(h); pair p's h stands in row activated_row[p] (nullptr: row p).
+at::Tensor weighted_down(const at::Tensor& activated, const int64_t* activated_row, const kernels::MoeRouting& routing,
+                         const at::Tensor& top_k_weights, const BaseGroup& group, at::ArrayRef<Delta> deltas);
+
+}  // namespace d2moe
