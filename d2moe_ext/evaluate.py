@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -234,7 +235,8 @@ def _finished(result: Tensor) -> Tensor:
 
 def generate_tokens(model: nn.Module, prompt: Tensor, new_tokens: int) -> Tensor:
     """``prompt`` int64 ``[1, N]`` and exactly ``new_tokens`` greedily chosen tokens behind it."""
-    return model.generate(
+    generate: Any = model.generate  # nn.Module declares every unknown attribute a tensor or a module
+    return generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         min_new_tokens=new_tokens,

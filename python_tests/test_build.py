@@ -1,5 +1,6 @@
 """The native build: what is refused at import and with which command, and when setup.py builds for CUDA."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def test_this_build_is_accepted_and_says_what_it_is():
 
 
 def test_a_build_for_another_torch_is_refused_with_the_command(tmp_path):
-    with pytest.raises(ImportError, match=r"built for torch 2\.13\.0 and this is torch 2\.14\.0; build it again: pip ins"):
+    with pytest.raises(
+        ImportError, match=r"built for torch 2\.13\.0 and this is torch 2\.14\.0; build it again: pip ins"
+    ):
         _native.check_build(INFO, tmp_path, "2.14.0")
 
 
@@ -113,7 +116,10 @@ def test_a_cpu_build_of_torch_never_builds_cuda_of_itself(setup_namespace, monke
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("1", "D2MOE_CUDA=1 needs a CUDA build of torch and a CUDA toolkit, got torch.version.cuda=None and CUDA_HOME="),
+        (
+            "1",
+            "D2MOE_CUDA=1 needs a CUDA build of torch and a CUDA toolkit, got torch.version.cuda=None",
+        ),
         ("yes", "D2MOE_CUDA must be 0, 1 or unset, got 'yes'."),
     ],
 )
@@ -128,8 +134,8 @@ def test_an_impossible_choice_ends_with_one_sentence(setup_namespace, monkeypatc
 def test_kernels_include_no_torch_header():
     """They are what CMakeLists.txt compiles alone."""
     for path in (ROOT / "csrc" / "kernels").rglob("*.*"):
-        for line in path.read_text().splitlines():
-            assert not line.startswith(("#include <torch/", "#include <ATen/", "#include <c10/")), f"{path.name}: {line}"
+        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert not [line for line in includes if re.search("<(torch|ATen|c10)/", line)], path.name
 
 
 def test_make_builds_before_it_tests():

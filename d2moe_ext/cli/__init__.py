@@ -43,8 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    # Some releases of typer raise at an interrupt, others return its code.
+    if code == INTERRUPTED:
         print("Interrupted.", file=sys.stderr)
-        return INTERRUPTED
     return code if isinstance(code, int) else 0
 
 

@@ -105,6 +105,18 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(str(Path(name).expanduser()), trust_remote_code=trust_remote_code)
 
 
+def meta_model(config: PreTrainedConfig, dtype: Dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without memory behind its weights, in the dtype its configuration names."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=wanted or torch.get_default_dtype(), trust_remote_code=trust_remote_code
+        )
+
+
 def load_model(name: str, dtype: Dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """A causal language model, compressed or not, in evaluation mode."""
     from transformers import AutoModelForCausalLM

@@ -85,8 +85,8 @@ def compress_command(
         tokens = common.token_stream(tokenizer, _default_text() if text is None else text)
         batches = common.calibration_batches(tokens, samples, window, batch_size, seed)
         report = _compress(network, batches, config, progress)
-        settings = {"text": "python" if calibration is None else str(calibration)}
-        settings |= {"samples": samples, "seqlen": window, "seed": seed}
+        source = "python" if calibration is None else str(calibration)
+        settings = {"text": source, "samples": samples, "seqlen": window, "seed": seed}
         record = _save(network, tokenizer, report, partial, {"model": model, "calibration": settings})
     if as_json:
         common.print_json(record)
@@ -115,9 +115,10 @@ def _check_reachable(network: PreTrainedModel, config: CompressionConfig) -> Non
 def _compress(
     network: PreTrainedModel, batches: list[Tensor], config: CompressionConfig, progress: common.ProgressCallback
 ) -> CompressionReport:
-    import d2moe_ext
+    from d2moe_ext import hf
+    from d2moe_ext.calibration import calibrate
 
-    stats = d2moe_ext.calibrate(
+    stats = calibrate(
         network,
         batches,
         merge=config.merge,
@@ -125,7 +126,7 @@ def _compress(
         left_gram="diagonal" if config.decomposition == "two_sided" else None,
         progress=progress,
     )
-    return d2moe_ext.compress(network, stats, config, progress=progress)
+    return hf.compress(network, stats, config, progress=progress)
 
 
 def _save(

@@ -13,17 +13,20 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import d2moe_ext
-from d2moe_ext.calibration import CalibrationStats
+from d2moe_ext import hf
+from d2moe_ext.calibration import CalibrationStats, calibrate
 from d2moe_ext.cli.common import ProgressCallback, calibration_batches, longest_sequence, token_stream, weight_bytes
 from d2moe_ext.cli.output import complete_directory
-from d2moe_ext.config import CompressionConfig
+from d2moe_ext.config import CompressionConfig, Decomposition, Merge
 from d2moe_ext.evaluate import Speed, generate_tokens, measure_speed, perplexity
 from d2moe_ext.text import python_documents, python_text
 
 RATIOS = (0.4, 0.6)
 # The method, and the simplest thing it must beat at equal bytes.
-METHODS = {"Fisher + whitened SVD": ("fisher", "whitened"), "mean + plain SVD": ("mean", "plain")}
+METHODS: dict[str, tuple[Merge, Decomposition]] = {
+    "Fisher + whitened SVD": ("fisher", "whitened"),
+    "mean + plain SVD": ("mean", "plain"),
+}
 SEED = 0
 PROMPT = "def read_lines(path):\n"
 
@@ -114,7 +117,7 @@ class _Demo:
     def _passage(self, model: PreTrainedModel) -> str:
         prompt = token_stream(self.tokenizer, PROMPT)[None].to(model.device)
         written = generate_tokens(model, prompt, self.sizes.new_tokens)
-        return self.tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
+        return str(self.tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
 
 
 def run_demo(
@@ -139,13 +142,13 @@ def run_demo(
     start = time.perf_counter()
     tokens = token_stream(tokenizer, python_text("calibration"))
     batches = calibration_batches(tokens, sizes.calibration_windows, sizes.window, batch_size=8, seed=SEED)
-    stats = d2moe_ext.calibrate(model, batches, progress=progress)
+    stats = calibrate(model, batches, progress=progress)
     demo = _Demo(tokenizer, heldout_tokens(tokenizer, sizes.heldout_tokens), sizes, progress)
     rows: list[DemoRow] = []
     for label, directory, plan in _compressed_copies(model, tokenizer, stats, out, progress):
         if not rows:
             rows.append(demo.row("original", model, source, plan["total_parameters"], plan["bytes_before"], full=True))
-        loaded = d2moe_ext.patch_model(AutoModelForCausalLM.from_pretrained(directory))
+        loaded = hf.patch_model(AutoModelForCausalLM.from_pretrained(directory))
         full = label.endswith(next(iter(METHODS)))
         rows.append(demo.row(label, loaded, directory, plan["stored_parameters"], plan["bytes_after"], full))
     return DemoResult(
@@ -170,7 +173,7 @@ def _compressed_copies(
             label = f"{ratio}: {method}"
             copied = copy.deepcopy(model)
             config = CompressionConfig(ratio=ratio, merge=merge, decomposition=decomposition)
-            report = d2moe_ext.compress(
+            report = hf.compress(
                 copied,
                 stats,
                 config,

@@ -43,13 +43,13 @@ def evaluate_command(
     if tokens.numel() < 2:
         raise ValueError(f"--text must hold at least 2 tokens, got {tokens.numel()}.")
 
-    import d2moe_ext
+    from d2moe_ext import hf
     from d2moe_ext.evaluate import compressed_experts, perplexity, set_dynamic
 
     compressed = next(compressed_experts(network), None) is not None
     patched = compressed if patch is None else patch
     if patched:
-        d2moe_ext.patch_model(network)
+        hf.patch_model(network)
     set_dynamic(network, dynamic)
     start = time.perf_counter()
     with common.progress_bar() as progress:

@@ -21,7 +21,7 @@ from d2moe_ext.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 def plan_command(
@@ -64,19 +64,5 @@ def _plan(config: PreTrainedConfig, compression: Any, dtype: common.Dtype, trust
     from d2moe_ext.shapes import model_shapes
 
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "CONFIG_OR_MODEL must be neither compressed nor quantized, got a quantization_config."
-        )
-    return plan_compression(model_shapes(meta_model(config, dtype, trust_remote_code)), compression).to_dict()
-
-
-def meta_model(config: PreTrainedConfig, dtype: common.Dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without memory behind its weights, in the dtype its configuration names."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=wanted or torch.get_default_dtype(), trust_remote_code=trust_remote_code
-        )
+        raise ValueError("CONFIG_OR_MODEL must be neither compressed nor quantized, got a quantization_config.")
+    return plan_compression(model_shapes(common.meta_model(config, dtype, trust_remote_code)), compression).to_dict()

@@ -1,13 +1,20 @@
-"""A tiny random Mixtral with a tokenizer, saved to a directory: what the command line is tried on."""
+"""What the command line is tried on, a tiny random Mixtral with a tokenizer, and how it is run."""
 
+import json
+import re
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from d2moe_ext.cli import main
+
 VOCABULARY = 300
 EXPERTS = 8
+
+# Options of `d2moe compress` for a calibration of a second.
+QUICK = ("--samples", "6", "--seqlen", "32", "--batch-size", "3")
 
 # Long enough for windows of 32 tokens, and different in every line.
 TEXT = "\n".join(f"line {number}: the {number * 7 % 13}th word of {number * number} words" for number in range(200))
@@ -50,3 +57,29 @@ def save_model(directory: Path, **options) -> Path:
     MixtralForCausalLM(config(**options)).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def run(capsys, *arguments):
+    """The exit code, what was printed, and what went to the error stream."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def run_json(capsys, *arguments):
+    code, out, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def assert_refused(result, *parts):
+    """Exit code 2 and one sentence on one line."""
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("d2moe: ")
+    assert err.endswith(".\n")
+    assert err.count("\n") == 1
+    assert not re.search(r"[.!?]\s+[A-Z]", err)
+    for part in parts:
+        assert part in err
