@@ -80,6 +80,15 @@ def heldout_tokens(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Tenso
     return token_stream(tokenizer, text)[:num_tokens]
 
 
+def _of(label: str, progress: ProgressCallback) -> ProgressCallback:
+    """``progress`` with a model's label before each stage, so that every model has bars of its own."""
+
+    def update(stage: str, done: int, total: int) -> None:
+        progress(f"{label}: {stage}", done, total)
+
+    return update
+
+
 class _Demo:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, heldout: Tensor, sizes: DemoSizes, progress: ProgressCallback
@@ -94,7 +103,7 @@ class _Demo:
             model,
             self.heldout,
             window=self.sizes.window,
-            progress=lambda stage, done, total: self.progress(f"{label}: {stage}", done, total),
+            progress=_of(label, self.progress),
         )
         speed = self._speed(model) if full else None
         return DemoRow(
@@ -173,12 +182,7 @@ def _compressed_copies(
             label = f"{ratio}: {method}"
             copied = copy.deepcopy(model)
             config = CompressionConfig(ratio=ratio, merge=merge, decomposition=decomposition)
-            report = hf.compress(
-                copied,
-                stats,
-                config,
-                progress=lambda stage, done, total, label=label: progress(f"{label}: {stage}", done, total),
-            )
+            report = hf.compress(copied, stats, config, progress=_of(label, progress))
             directory = out / f"ratio-{ratio}-{merge}-{decomposition}"
             with complete_directory(directory) as partial:
                 copied.save_pretrained(partial)
