@@ -7,6 +7,7 @@ The truncation error is measured under the same ridged Grams and held to ``(1 + 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_error_falls_as_the_rank_rises_and_factors_are_nested(m, n, two_sided):
         errors.append(torch.linalg.matrix_norm(left.T @ (delta - u @ v)[0] @ s).item() ** 2)
         squares = singular_values[0].square()
         assert abs(errors[-1] - squares[rank:].sum().item()) <= 1e-12 * squares.sum().item()
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(errors))
 
 
 @pytest.mark.parametrize(("m", "n"), [(96, 64), (64, 96)])
@@ -339,7 +340,7 @@ DELTA, NAN, INF = torch.ones(2, 4, 3), float("nan"), float("inf")
 
 
 def spoiled(shape: tuple[int, ...], value: float) -> Tensor:
-    tensor = torch.eye(shape[-1]).expand(shape).clone() if len(shape) == 3 and shape[1] == shape[2] else torch.ones(shape)
+    tensor = torch.ones(shape)
     tensor.view(shape[0], -1)[1, 0] = value
     return tensor
 
@@ -366,7 +367,10 @@ def spoiled(shape: tuple[int, ...], value: float) -> Tensor:
         ({"gram": spoiled((2, 3, 3), INF)}, "gram must be finite, got inf in batch entry 1"),
         ({"left_gram": spoiled((2, 4, 4), NAN)}, "left_gram must be finite, got nan in batch entry 1"),
         ({"gram": spoiled((2, 3), -2.0)}, "gram must have a non-negative diagonal, got -2 in batch entry 1"),
-        ({"left_gram": spoiled((2, 4, 4), -2.0)}, "left_gram must have a non-negative diagonal, got -2 in batch entry 1"),
+        (
+            {"left_gram": spoiled((2, 4, 4), -2.0)},
+            "left_gram must have a non-negative diagonal, got -2 in batch entry 1",
+        ),
         (
             {"gram": correlated(3, 2.0).repeat(2, 1, 1)},
             "gram must be positive semi-definite up to a ridge of 0.001 times its diagonal, "
