@@ -149,5 +149,5 @@ def test_errors(changes, message):
 
 def test_sums_in_the_same_memory_are_refused():
     both = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match="^fisher_merge_: fisher_sum must not share memory with weighted_sum"):
+    with pytest.raises(RuntimeError, match=r"^fisher_merge_: fisher_sum must not share memory with weighted_sum"):
         ops.fisher_merge_(**arguments_with(weighted_sum=both, fisher_sum=both))

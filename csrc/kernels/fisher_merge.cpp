@@ -42,8 +42,8 @@ void merge(Accumulator* weighted_sum, Accumulator* fisher_sum, const void* weigh
 }  // namespace
 
 void fisher_merge(void* weighted_sum, void* fisher_sum, ElementType accumulators, const void* weight,
-                  ElementType weight_type, const void* gradient, ElementType gradient_type, double scale,
-                  int64_t begin, int64_t end) {
+                  ElementType weight_type, const void* gradient, ElementType gradient_type, double scale, int64_t begin,
+                  int64_t end) {
   if (accumulators == ElementType::kFloat64) {
     merge(static_cast<double*>(weighted_sum), static_cast<double*>(fisher_sum), weight, weight_type, gradient,
           gradient_type, scale, begin, end);

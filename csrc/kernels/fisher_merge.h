@@ -13,7 +13,7 @@ namespace d2moe::kernels {
 
 // Elements [begin, end). `accumulators` is the type of both sums and of the arithmetic: kFloat32 or kFloat64.
 void fisher_merge(void* weighted_sum, void* fisher_sum, ElementType accumulators, const void* weight,
-                  ElementType weight_type, const void* gradient, ElementType gradient_type, double scale,
-                  int64_t begin, int64_t end);
+                  ElementType weight_type, const void* gradient, ElementType gradient_type, double scale, int64_t begin,
+                  int64_t end);
 
 }  // namespace d2moe::kernels

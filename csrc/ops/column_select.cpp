@@ -3,6 +3,8 @@
 //   scores[j] = column_norms[j] * ||hidden_states[:, columns[j]]||_2,   selected = the `keep` largest, ascending
 //
 //   hidden_states [T, in], column_norms [n], columns [n] (or n == in) -> scores [n] float32, selected [keep] int32
+#include "kernels/column_select.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -15,7 +17,6 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels/column_select.h"
 #include "ops/checks.h"
 #include "ops/element_type.h"
 
@@ -49,8 +50,8 @@ void check_arguments(const at::Tensor& hidden_states, const at::Tensor& column_n
   const int64_t num_columns = column_norms.size(0);
   TORCH_CHECK(num_columns <= std::numeric_limits<int32_t>::max(), kOp,
               ": column_norms must have fewer than 2^31 elements, got ", num_columns);
-  TORCH_CHECK(0 <= keep && keep <= num_columns, kOp, ": keep must be between 0 and the ", num_columns,
-              " columns, got ", keep);
+  TORCH_CHECK(0 <= keep && keep <= num_columns, kOp, ": keep must be between 0 and the ", num_columns, " columns, got ",
+              keep);
   if (columns.has_value()) {
     check_columns(*columns, hidden_states, num_columns);
   } else {

@@ -1,6 +1,8 @@
 // Adds one expert's and one sequence's share to the sums of the Fisher-weighted mean (paper eqs. 4 and 5):
 //
 //   F = scale * gradient^2,   weighted_sum += F * weight,   fisher_sum += F        (all [out, in])
+#include "kernels/fisher_merge.h"
+
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -9,7 +11,6 @@
 
 #include <cmath>
 
-#include "kernels/fisher_merge.h"
 #include "ops/checks.h"
 #include "ops/element_type.h"
 

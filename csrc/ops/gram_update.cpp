@@ -3,6 +3,9 @@
 //   gram += X^T diag(w) X        gram [n, n], X = hidden_states [T, n], w = row_weights [T] (ones if not given)
 //
 // One triangle is computed, strip by strip, and mirrored: about half the work of the full product.
+#include "kernels/gram_update.h"
+
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -43,14 +46,6 @@ void check_arguments(const at::Tensor& gram, const at::Tensor& hidden_states,
   }
 }
 
-// The strips of the lower triangle, each with the square on the diagonal whole.
-template <typename Function>
-void for_each_strip(int64_t n, Function&& function) {
-  for (int64_t begin = 0; begin < n; begin += kStrip) {
-    function(begin, std::min(begin + kStrip, n));
-  }
-}
-
 void gram_update_cpu(at::Tensor& gram, const at::Tensor& hidden_states, const std::optional<at::Tensor>& row_weights) {
   const at::AutoDispatchBelowAutograd guard;
   check_arguments(gram, hidden_states, row_weights);
@@ -64,16 +59,14 @@ void gram_update_cpu(at::Tensor& gram, const at::Tensor& hidden_states, const st
     const at::Tensor x = hidden_states.slice(0, first, last).to(gram.scalar_type());
     const at::Tensor weighted =
         row_weights.has_value() ? x * row_weights->slice(0, first, last).to(gram.scalar_type()).unsqueeze(1) : x;
-    for_each_strip(n, [&](int64_t begin, int64_t end) {
+    for (int64_t begin = 0; begin < n; begin += kStrip) {
+      const int64_t end = std::min(begin + kStrip, n);
       gram.slice(0, begin, end).slice(1, 0, end).addmm_(weighted.slice(1, begin, end).t(), x.slice(1, 0, end));
-    });
+    }
   }
-  for_each_strip(n, [&](int64_t begin, int64_t end) {
-    gram.slice(0, 0, begin).slice(1, begin, end).copy_(gram.slice(0, begin, end).slice(1, 0, begin).t());
-    // Within the square both triangles were computed, but need not agree to the last bit.
-    const at::Tensor square = gram.slice(0, begin, end).slice(1, begin, end);
-    const at::Tensor lower = square.tril();
-    square.copy_(lower + lower.tril(-1).t());
+  // Tile rows grow in length, so each thread takes several.
+  at::parallel_for(0, kernels::mirror_tiles(n), 4, [&](int64_t begin, int64_t end) {
+    kernels::mirror_lower_triangle(gram.data_ptr(), element_type(gram), n, gram.stride(0), gram.stride(1), begin, end);
   });
 }
 

@@ -1,6 +1,6 @@
 """The operators: one wrapper and one fake kernel each, over ``torch.ops.d2moe_ext``."""
 
-from d2moe_ext import _native  # noqa: F401, I001 (registers the operators that the wrappers name)
+from d2moe_ext import _native  # noqa: F401 (registers the operators that the wrappers name)
 from d2moe_ext.ops.column_select import column_select
 from d2moe_ext.ops.fisher_merge import fisher_merge_
 from d2moe_ext.ops.gram_update import gram_update_
