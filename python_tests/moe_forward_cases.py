@@ -1,9 +1,9 @@
 """Random MoE layers as the arguments of ``moe_forward``, and what they compute, token by token from dense weights.
 
-``dense_forward`` shares nothing with the reference or the kernels: it rebuilds ``W[e] = base + U V`` in float64 and loops over
-tokens. Beside each value it carries a bound on the error that a forward in a given dtype may make:
+``dense_forward`` shares nothing with the reference or the kernels: it rebuilds ``W[e] = base + U V`` in float64 and
+loops over tokens. Beside each value it carries a bound on the error that a forward in a given dtype may make:
 
-    product p = A x (+ bias)     |error| <= c u |A| |x| + |A| error(x),   u = eps / 2 of the dtype + (terms) eps of float32
+    product p = A x (+ bias)     |error| <= c u |A| |x| + |A| error(x),   u = eps / 2 + (terms) eps of float32
     h = act(gate) up             |error| <= |act'| error(gate) |up| + |act| error(up) + both, and one rounding of h
 
 with c = 4 roundings on the way: of V x, of U V x, of the base's product, of their sum (the halves return it).
@@ -53,7 +53,12 @@ class Layer:
     def down_arguments(self, activated: Tensor, per_pair: bool) -> dict:
         names = ["top_k_index", "top_k_weights", *(f"down_{part}" for part in GATE_UP)]
         deltas = {name: self.arguments[name][-1:] for name in DELTA}
-        return {"activated": activated, **{name: self.arguments[name] for name in names}, **deltas, "per_pair": per_pair}
+        return {
+            "activated": activated,
+            **{name: self.arguments[name] for name in names},
+            **deltas,
+            "per_pair": per_pair,
+        }
 
 
 def make_layer(
@@ -83,7 +88,7 @@ def make_layer(
     """A random layer.
 
     Args:
-        deltas: ``"separate"`` (gate, up, down), ``"joint"`` (gate_up, down; what ungated layers always have) or ``"none"``.
+        deltas: ``"separate"`` (gate, up, down), ``"joint"`` (gate_up, down; all an ungated layer has) or ``"none"``.
         ranks: ``"ragged"`` (some 0, some full), ``"uniform"`` or ``"zero"``.
         sharing: ``"none"``, ``"v"`` (one V for all experts) or ``"uv"`` (one U, too).
         kept, keep: shares of the columns that (gate_up's, down's) bases store, and of those the share they multiply.
@@ -180,8 +185,10 @@ class Dense:
     gap: float  # the least ratio between the last score that was kept and the first that was not
 
 
-def _dense_weights(arguments: dict, group: str, deltas: slice, width: int, masks: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Per expert: (W, |base| + |U| |V|), [out, width] in float64, without the base's columns that ``masks`` leave out."""
+def _dense_weights(
+    arguments: dict, group: str, deltas: slice, width: int, masks: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Per expert: (W, |base| + |U| |V|), [out, width] in float64, without the base's masked columns."""
     base, columns = arguments[f"{group}_base"].double(), arguments[f"{group}_columns"]
     weights = []
     for expert, b in enumerate(arguments[f"{group}_expert_to_base"].tolist()):
@@ -242,14 +249,21 @@ def dense_forward(layer: Layer, dtype: torch.dtype) -> Dense:
     rows = a["gate_up_base"].shape[1]
     inter = rows // 2 if layer.gated else rows
     unit = torch.finfo(dtype).eps / 2 + (hidden + inter) * torch.finfo(torch.float32).eps
-    tiny = 64 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 16-bit results below it lose relative precision
+    tiny = (
+        64 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    )  # 16-bit results below it lose relative precision
     pairs = [(t, s, e) for t in range(num_tokens) for s, e in enumerate(ids[t]) if 0 <= e < num_experts]
 
     def zeros(count: int, width: int) -> Tensor:
         return torch.zeros(count, width, dtype=torch.float64)
 
     count = num_tokens * top_k
-    result = Dense(*(zeros(count, w) for w in (rows, rows, inter, inter, hidden, hidden)), zeros(num_tokens, hidden), zeros(num_tokens, hidden), 0.0)
+    result = Dense(
+        *(zeros(count, w) for w in (rows, rows, inter, inter, hidden, hidden)),
+        zeros(num_tokens, hidden),
+        zeros(num_tokens, hidden),
+        0.0,
+    )
     inputs: list[dict[int, Tensor]] = [{} for _ in range(a["gate_up_base"].shape[0])]
     for t, _, e in pairs:
         inputs[int(a["gate_up_expert_to_base"][e])][t] = x[t]
@@ -274,7 +288,9 @@ def dense_forward(layer: Layer, dtype: torch.dtype) -> Dense:
         result.down[p] = weight @ h + offset
         result.down_error[p] = absolute @ (error + 4 * unit * h.abs()) + 4 * unit * abs(offset) + tiny
         result.output[t] += g[t, s] * result.down[p]
-        result.output_error[t] += g[t, s] * (result.down_error[p] + 2 * unit * (absolute @ h.abs() + abs(offset))) + tiny
+        result.output_error[t] += (
+            g[t, s] * (result.down_error[p] + 2 * unit * (absolute @ h.abs() + abs(offset))) + tiny
+        )
     result.gap = min(gate_up_gap, down_gap)
     return result
 
@@ -283,4 +299,6 @@ def assert_within(actual: Tensor, expected: Tensor, error: Tensor) -> None:
     """Every element within its bound, and finite."""
     assert actual.shape == expected.shape
     excess = (actual.double() - expected).abs() - error
-    assert bool((excess <= 0).all()), f"off by {excess.max().item():.3g} more than the bound, of {expected.abs().max().item():.3g}"
+    assert bool((excess <= 0).all()), (
+        f"off by {excess.max().item():.3g} more than the bound, of {expected.abs().max().item():.3g}"
+    )

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a table of refusals, one a line)
 """Every refusal of ``moe_forward`` and its halves: one sentence with operator, argument, rule and value."""
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from moe_forward_cases import make_layer
 
 from d2moe_ext import ops
+from d2moe_ext.reference import moe_forward as reference
 
 LAYER = make_layer(1, tokens=7, top_k=2, experts=4, hidden=12, inter=10, bias=True, kept=(0.5, 0.5), keep=(0.5, 0.5), ranks="uniform")
 A = LAYER.arguments
@@ -90,6 +92,18 @@ def test_moe_forward_refuses_deltas_that_do_not_fit_the_gate() -> None:
     refuse(ops.moe_forward, INTERLEAVED, sentence)
     lists = {name: [*UNGATED[name], UNGATED[name][1]] for name in UNGATED if name.startswith("delta_")}
     refuse(ops.moe_forward, UNGATED | lists, "moe_forward: delta_u must hold 0 or 2 tensors, got 3")
+
+
+def test_the_reference_refuses_what_it_would_misread() -> None:
+    no_deltas = {name: [] for name in A if name.startswith("delta_")}
+    for arguments, sentence in [
+        (INTERLEAVED, "delta_u must hold 2 tensors (gate_up, down) where gate_up is interleaved, got 3"),
+        (A | no_deltas, "delta_v must hold at least down's [R_v, I] where down_columns is given, got none"),
+        (A | {"down_column_norms": None}, "column_norms must be given where keep is less than the 5 kept columns, got None with keep = 2"),
+        (A | {"activation": "swish"}, "activation must be one of ['gelu', 'gelu_tanh', 'relu2', 'silu'], got 'swish'"),
+    ]:
+        with pytest.raises(ValueError, match=f"^moe_forward: {re.escape(sentence)}$"):
+            reference.moe_forward(**arguments)
 
 
 def test_halves_refuse_by_their_own_names() -> None:

@@ -42,7 +42,7 @@ def test_each_half_equals_dense_weights(layer: Layer) -> None:
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(layers())
 def test_down_per_pair_is_neither_weighted_nor_summed(layer: Layer) -> None:
-    # Scores of pairs are not those of weighted sums, so the dense computation serves where nothing is pruned dynamically.
+    # Scores of pairs are not those of weighted sums: the dense computation serves where down has no such pruning.
     assume(layer.arguments["down_column_norms"] is None)
     dtype = layer.arguments["hidden_states"].dtype
     dense = dense_forward(layer, dtype)
@@ -84,7 +84,8 @@ def test_ties_and_nan_in_scores_keep_the_lower_columns_and_the_nan() -> None:
     x = torch.tensor([[1.0, 1.0, 1.0, float("nan")], [5.0, 5.0, 5.0, 5.0]])
     index = torch.tensor([[0], [0]])
     norms = torch.ones(1, 4)
-    arguments = (x, index, torch.ones(1, 1, 4), None, norms, torch.zeros(1, dtype=torch.int32), 3, None, [], [], [], [], [])
+    expert_to_base = torch.zeros(1, dtype=torch.int32)
+    arguments = (x, index, torch.ones(1, 1, 4), None, norms, expert_to_base, 3, None, [], [], [], [], [])
     for function in (ops.moe_gate_up_forward, reference.moe_gate_up_forward):
         output = function(*arguments).flatten()
         assert output[0].isnan()
@@ -111,7 +112,8 @@ def test_down_scores_are_taken_on_the_weighted_sums(weigh: bool) -> None:
 def test_rows_of_ids_that_are_no_expert_are_zero_and_never_read(dtype: torch.dtype) -> None:
     layer = make_layer(5, sentinels=True, dtype=dtype, bias=True)
     outside = ((layer.arguments["top_k_index"] < 0) | (layer.arguments["top_k_index"] >= 4)).flatten()
-    assert outside.any() and not outside.all()
+    assert outside.any()
+    assert not outside.all()
     gate_up = ops.moe_gate_up_forward(**layer.gate_up_arguments())
     assert torch.equal(gate_up.abs().sum(1) == 0, outside)
     activated = torch.randn(14, 10).to(dtype)

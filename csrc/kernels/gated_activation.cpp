@@ -55,7 +55,8 @@ void add_row(const Element* row, int64_t width, float* __restrict__ sum) {
 
 template <typename Element>
 void combine_row(const CombinedRows& rows, int64_t i, float* __restrict__ sum) {
-  const Element* base = static_cast<const Element*>(rows.base) + (rows.base_rows[i] - rows.base_row_offset) * rows.width;
+  const Element* base =
+      static_cast<const Element*>(rows.base) + (rows.base_rows[i] - rows.base_row_offset) * rows.width;
   for (int64_t j = 0; j < rows.width; ++j) {
     sum[j] = to_float(base[j]);
   }
