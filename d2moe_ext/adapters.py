@@ -229,8 +229,8 @@ class FusedExperts(ExpertsView):
         removed = self.stacked_weights()
         shell.__dict__["_parameters"] = {k: p for k, p in self.module._parameters.items() if k not in removed}
         shell.__dict__.pop("forward", None)
-        gate = shell._apply_gate if self._gated else shell.act_fn
-        return ExpertGating({name: child for name, child in shell._modules.items() if child is not None}, gate)
+        children = {name: child for name, child in shell._modules.items() if child is not None}
+        return ExpertGating(children, _ModelsGate(shell) if self._gated else shell.act_fn)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.stacked_weights().values())
@@ -308,6 +308,16 @@ class ExpertList(ExpertsView):
         super().replace(experts)
         # A bound method, not a closure: copy.deepcopy binds it to the copied block.
         self.block.__dict__["moe_infer"] = types.MethodType(_moe_infer, self.block)
+
+
+class _ModelsGate:
+    """``_apply_gate`` of a fused module without its weights (as an object: its bound method cannot be pickled)."""
+
+    def __init__(self, shell: nn.Module) -> None:
+        self.shell = shell
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        return self.shell._apply_gate(gate_up)
 
 
 class _ChunkedGate:

@@ -128,7 +128,9 @@ class D2MoEExperts(nn.Module):
         for group in GROUPS:
             if self._group(group).keep < self._group(group).kept:
                 base = getattr(self, f"{group}_base").detach()
-                setattr(self, f"{group}_column_norms", torch.linalg.vector_norm(base, dim=1, dtype=torch.float32))
+                accumulate = torch.promote_types(base.dtype, torch.float32)
+                norms = torch.linalg.vector_norm(base, dim=1, dtype=accumulate)
+                setattr(self, f"{group}_column_norms", norms.float())
 
     def check_indices(self, name: str = "D2MoEExperts") -> None:
         """Check every index list against the tensors it points into; called once after loading.
