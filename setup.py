@@ -48,7 +48,7 @@ def with_cuda() -> bool:
     return possible and choice != "0"
 
 
-def extension():  # noqa: ANN201 (a setuptools Extension)
+def extension():
     sources = sorted(CSRC.rglob("*.cpp"))
     cuda_sources = sorted(CSRC.rglob("*.cu"))
     cuda = with_cuda() and bool(cuda_sources)

@@ -4,7 +4,7 @@ Importing the package loads the native extension and registers the quantization 
 ``from_pretrained`` loads compressed models.
 """
 
-from d2moe_ext import _native  # noqa: F401, I001 (a missing or stale build is refused before anything else)
+from d2moe_ext import _native  # noqa: F401 (a missing or stale build is refused before anything else)
 from d2moe_ext._version import __version__
 from d2moe_ext.calibration import CalibrationStats, calibrate
 from d2moe_ext.compress import CompressionReport

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +214,7 @@ class FusedExperts(ExpertsView):
         return getattr(self.module, f"{self._gate_up_name}_bias")[expert] if self.layout.has_bias else None
 
     def down_bias(self, expert: int) -> Tensor | None:
-        return self.module.down_proj_bias[expert] if self.layout.has_bias else None
+        return self.stacked_weights()["down_proj_bias"][expert] if self.layout.has_bias else None
 
     def stacked_weights(self) -> dict[str, nn.Parameter]:
         """The parameters that hold the routed experts, by name."""
@@ -224,7 +225,7 @@ class FusedExperts(ExpertsView):
 
     def gating(self) -> ExpertGating:
         # A shallow copy keeps every setting that the class's own gate reads (limits, slopes, act_fn), but not the weights.
-        shell = copy.copy(self.module)
+        shell: Any = copy.copy(self.module)
         shell.__dict__["_modules"] = dict(self.module._modules)
         removed = self.stacked_weights()
         shell.__dict__["_parameters"] = {k: p for k, p in self.module._parameters.items() if k not in removed}
@@ -242,7 +243,7 @@ class FusedExperts(ExpertsView):
 class ExpertList(ExpertsView):
     """The experts of an ``nn.ModuleList`` of gated MLPs, run through ``block.moe_infer(x, ids, weights)``."""
 
-    module: nn.ModuleList
+    module: Any  # an nn.ModuleList of gated MLPs, whose projections no type describes
 
     def __init__(self, name: str, module: nn.Module, block: nn.Module) -> None:
         super().__init__(name, module, block)
@@ -313,7 +314,7 @@ class ExpertList(ExpertsView):
 class _ModelsGate:
     """``_apply_gate`` of a fused module without its weights (as an object: its bound method cannot be pickled)."""
 
-    def __init__(self, shell: nn.Module) -> None:
+    def __init__(self, shell: Any) -> None:
         self.shell = shell
 
     def __call__(self, gate_up: Tensor) -> Tensor:
@@ -331,7 +332,7 @@ class _ChunkedGate:
         return self.act_fn(gate) * up
 
 
-def _moe_infer(block: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _moe_infer(block: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """``moe_infer`` of a block whose expert list was replaced: the flat pairs become rows of k per token again."""
     return block.experts(x, ids.reshape(x.shape[0], -1), weights.reshape(x.shape[0], -1))
 

@@ -35,10 +35,7 @@ def cluster(distances: Tensor, num_clusters: int) -> Tensor:
     members = [[i] for i in range(len(distances))]
     while len(members) > num_clusters:
         means = [
-            (distances[a][:, b].mean().item(), i, j)
-            for i, a in enumerate(members)
-            for j, b in enumerate(members)
-            if i < j
+            (distances[a][:, b].mean().item(), i, j) for i, a in enumerate(members) for j, b in enumerate(members) if i < j
         ]
         _, i, j = min(means)
         members[i] += members.pop(j)

@@ -229,8 +229,7 @@ def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
     """A layer's plan with every rank 0: the smallest it can be."""
     if config.num_bases > shapes.num_experts:
         raise ValueError(
-            f"num_bases must be at most the number of experts of {shapes.name} ({shapes.num_experts}), "
-            f"got {config.num_bases}."
+            f"num_bases must be at most the number of experts of {shapes.name} ({shapes.num_experts}), got {config.num_bases}."
         )
     gate_up_kept, gate_up_keep = kept_columns(shapes.hidden_size, config.sparsity)
     down_kept, down_keep = kept_columns(shapes.intermediate_size, config.sparsity)

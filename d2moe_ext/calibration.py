@@ -194,8 +194,7 @@ class _ForwardPass:
             if not bool(finite.all()):
                 expert = int(torch.nonzero(~finite)[0])
                 raise ValueError(
-                    f"calibrate: activations must be finite, got NaN or infinity into {name} of expert {expert} of "
-                    f"{view.name}."
+                    f"calibrate: activations must be finite, got NaN or infinity into {name} of expert {expert} of {view.name}."
                 )
 
 

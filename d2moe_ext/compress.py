@@ -218,14 +218,11 @@ def _check(views: list[ExpertsView], stats: CalibrationStats, config: Compressio
             for expert in range(view.layout.num_experts):
                 if not bool(weight(expert).isfinite().all()):
                     raise ValueError(
-                        f"compress: weights must be finite, got NaN or infinity in {name} of expert {expert} of "
-                        f"{view.name}."
+                        f"compress: weights must be finite, got NaN or infinity in {name} of expert {expert} of {view.name}."
                     )
 
 
-def _compressors(
-    views: list[ExpertsView], stats: CalibrationStats, plan: CompressionPlan
-) -> Iterator[_LayerCompressor]:
+def _compressors(views: list[ExpertsView], stats: CalibrationStats, plan: CompressionPlan) -> Iterator[_LayerCompressor]:
     for view, layer in zip(views, plan.layers, strict=True):
         yield _LayerCompressor(view, stats.layers[view.name], plan.config, layer)
 

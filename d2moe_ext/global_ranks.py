@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,9 +23,7 @@ def _step_bounds(longest: int) -> list[int]:
     return bounds
 
 
-def choose_global_ranks(
-    plan: CompressionPlan, savings: Sequence[dict[str, Sequence[np.ndarray]]]
-) -> CompressionPlan:
+def choose_global_ranks(plan: CompressionPlan, savings: Sequence[dict[str, Sequence[np.ndarray]]]) -> CompressionPlan:
     """The plan with its ranks chosen by greatest saving per parameter.
 
     Args:
@@ -40,7 +39,7 @@ def choose_global_ranks(
             bounds = _step_bounds(min(out, inp))
             for expert, values in enumerate(savings[index][name]):
                 total = np.concatenate([[0.0], np.cumsum(values)])
-                for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+                for low, high in pairwise(bounds):
                     price = (high - low) * (out + inp)
                     density.append((total[high] - total[low]) / price)
                     cost.append(price)

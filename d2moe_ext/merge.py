@@ -79,15 +79,11 @@ def prune_columns(full: Tensor, energy: Tensor, kept: int) -> PrunedBase:
     """
     # One row whose entries are the norms has exactly these column norms.
     norms = energy.sqrt().float()
-    columns = [
-        ops.column_select(norms[base : base + 1], full[base].norm(dim=0), kept)[1] for base in range(len(full))
-    ]
+    columns = [ops.column_select(norms[base : base + 1], full[base].norm(dim=0), kept)[1] for base in range(len(full))]
     return PrunedBase(full, torch.stack(columns))
 
 
-def shared_bases(
-    view: ExpertsView, stats: LayerStats, merge: Merge, kept: dict[str, int]
-) -> dict[str, PrunedBase]:
+def shared_bases(view: ExpertsView, stats: LayerStats, merge: Merge, kept: dict[str, int]) -> dict[str, PrunedBase]:
     """The pruned bases of both input groups, ``gate_up`` and ``down``; ``kept`` gives each group's columns."""
     dtype = view.down_weight(0).dtype
     groups = {

@@ -141,9 +141,7 @@ def inspection_tables(record: dict[str, Any], title: str) -> RenderableType:
         summary.add_row(name, str(value))
     sizes = _table("Sizes", ("layer", "experts", "bases", "parameters"))
     for layer in record["layers"]:
-        sizes.add_row(
-            layer["name"], str(layer["num_experts"]), str(layer["num_bases"]), human_count(layer["parameters"])
-        )
+        sizes.add_row(layer["name"], str(layer["num_experts"]), str(layer["num_bases"]), human_count(layer["parameters"]))
     return Group(summary, sizes, _layer_table(record["layers"]))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.budget import LayerShapes, ModelShapes
 
@@ -13,7 +11,7 @@ from d2moe_ext.budget import LayerShapes, ModelShapes
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "top_k")
 
 
-def experts_per_token(model: nn.Module) -> int:
+def experts_per_token(model: Any) -> int:
     """The router's top k, from the model's configuration.
 
     Raises:
@@ -28,7 +26,7 @@ def experts_per_token(model: nn.Module) -> int:
     raise ValueError(f"The model's config must give its experts per token as one of {', '.join(_TOP_K_NAMES)}, got none.")
 
 
-def _lookup_parameters(model: nn.Module) -> int:
+def _lookup_parameters(model: Any) -> int:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if embedding is None or (head is not None and getattr(head, "weight", None) is embedding.weight):
@@ -37,7 +35,7 @@ def _lookup_parameters(model: nn.Module) -> int:
     return 0 if tied else int(embedding.weight.numel())
 
 
-def model_shapes(model: nn.Module) -> ModelShapes:
+def model_shapes(model: Any) -> ModelShapes:
     """Count an uncompressed model.
 
     Raises:
@@ -73,7 +71,7 @@ def model_shapes(model: nn.Module) -> ModelShapes:
     )
 
 
-def _untied_head(model: nn.Module) -> int:
+def _untied_head(model: Any) -> int:
     """Parameters of a head that will be tied to the embedding and is not yet."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

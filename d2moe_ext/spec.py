@@ -70,7 +70,9 @@ class ExpertsSpec:
         if set(self.deltas) not in [set(names) for names in allowed]:
             raise ValueError(f"ExpertsSpec: deltas must be one of {sorted(set(allowed))}, got {sorted(self.deltas)}")
         if not self.deltas and self.down.kept < self.layout.intermediate_size:
-            raise ValueError(f"ExpertsSpec: down.kept must be {self.layout.intermediate_size} without deltas, got {self.down.kept}")
+            raise ValueError(
+                f"ExpertsSpec: down.kept must be {self.layout.intermediate_size} without deltas, got {self.down.kept}"
+            )
         for name, delta in self.deltas.items():
             if delta.u_rows < 0 or delta.v_rows < 0:
                 raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")

@@ -185,9 +185,7 @@ class Dense:
     gap: float  # the least ratio between the last score that was kept and the first that was not
 
 
-def _dense_weights(
-    arguments: dict, group: str, deltas: slice, width: int, masks: list[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+def _dense_weights(arguments: dict, group: str, deltas: slice, width: int, masks: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Per expert: (W, |base| + |U| |V|), [out, width] in float64, without the base's masked columns."""
     base, columns = arguments[f"{group}_base"].double(), arguments[f"{group}_columns"]
     weights = []
@@ -249,9 +247,7 @@ def dense_forward(layer: Layer, dtype: torch.dtype) -> Dense:
     rows = a["gate_up_base"].shape[1]
     inter = rows // 2 if layer.gated else rows
     unit = torch.finfo(dtype).eps / 2 + (hidden + inter) * torch.finfo(torch.float32).eps
-    tiny = (
-        64 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    )  # 16-bit results below it lose relative precision
+    tiny = 64 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # 16-bit results below it lose relative precision
     pairs = [(t, s, e) for t in range(num_tokens) for s, e in enumerate(ids[t]) if 0 <= e < num_experts]
 
     def zeros(count: int, width: int) -> Tensor:
@@ -288,9 +284,7 @@ def dense_forward(layer: Layer, dtype: torch.dtype) -> Dense:
         result.down[p] = weight @ h + offset
         result.down_error[p] = absolute @ (error + 4 * unit * h.abs()) + 4 * unit * abs(offset) + tiny
         result.output[t] += g[t, s] * result.down[p]
-        result.output_error[t] += (
-            g[t, s] * (result.down_error[p] + 2 * unit * (absolute @ h.abs() + abs(offset))) + tiny
-        )
+        result.output_error[t] += g[t, s] * (result.down_error[p] + 2 * unit * (absolute @ h.abs() + abs(offset))) + tiny
     result.gap = min(gate_up_gap, down_gap)
     return result
 

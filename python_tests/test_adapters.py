@@ -78,7 +78,10 @@ def test_intercept_sees_the_routed_call_and_the_views_weights_are_the_models(fam
         return dense_experts(view)(hidden_states, top_k_index, top_k_weights)
 
     tokens = token_ids().numel()
-    with views[0].intercept(functools.partial(record, views[0])), views[1].intercept(functools.partial(record, views[1])):
+    with (
+        views[0].intercept(functools.partial(record, views[0])),
+        views[1].intercept(functools.partial(record, views[1])),
+    ):
         assert_close(logits(model), expected)
     assert calls == [(view.name, (tokens, HIDDEN), (tokens, TOP_K), (tokens, TOP_K)) for view in views]
     logits(model)

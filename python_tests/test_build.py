@@ -44,9 +44,7 @@ def test_this_build_is_accepted_and_says_what_it_is():
 
 
 def test_a_build_for_another_torch_is_refused_with_the_command(tmp_path):
-    with pytest.raises(
-        ImportError, match=r"built for torch 2\.13\.0 and this is torch 2\.14\.0; build it again: pip ins"
-    ):
+    with pytest.raises(ImportError, match=r"built for torch 2\.13\.0 and this is torch 2\.14\.0; build it again: pip ins"):
         _native.check_build(INFO, tmp_path, "2.14.0")
 
 

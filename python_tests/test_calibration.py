@@ -60,7 +60,9 @@ def test_forward_statistics_are_the_formulas():
     model, ids = tiny_mixtral(), token_ids(3, 20)
     stats = calibrate(model, [ids], merge="mean")
     for view in find_experts(model):
-        x, index, weights = (part.double() if part.is_floating_point() else part for part in routed_calls(model, ids)[view.name])
+        x, index, weights = (
+            part.double() if part.is_floating_point() else part for part in routed_calls(model, ids)[view.name]
+        )
         layer = stats.layers[view.name]
         gated_sum = torch.zeros(len(x), INTER, dtype=torch.float64)
         for expert in range(EXPERTS):

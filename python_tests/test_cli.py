@@ -40,9 +40,7 @@ def test_help_and_usage_errors_need_no_torch():
     code += "sys.modules['d2moe_ext'] = package; from d2moe_ext.cli import main; "
     code += "codes = [main(['--help']), main(['compress', '--help']), main(['compress', 'a', 'b'])]; "
     code += "print(codes, sorted({'torch', 'transformers'} & set(sys.modules)))"
-    printed = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "d2moe_ext")], capture_output=True, text=True, check=True
-    )
+    printed = subprocess.run([sys.executable, "-c", code, str(ROOT / "d2moe_ext")], capture_output=True, text=True, check=True)
     assert printed.stdout.splitlines()[-1] == "[0, 0, 2] []"
     assert "Missing option '--ratio'" in printed.stderr
     for command in ("compress", "eval", "plan", "inspect", "demo"):

@@ -112,9 +112,7 @@ def test_plan_prints_tables_and_refuses(model, compressed, capsys):
 
 
 def test_plan_counts_bytes_by_dtype(model, capsys):
-    whole, half = (
-        run_json(capsys, "plan", model, "--ratio", 0.4, "--dtype", dtype) for dtype in ("float32", "bfloat16")
-    )
+    whole, half = (run_json(capsys, "plan", model, "--ratio", 0.4, "--dtype", dtype) for dtype in ("float32", "bfloat16"))
     assert whole["bytes_per_token_before"] == 2 * half["bytes_per_token_before"]
 
 

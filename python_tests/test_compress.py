@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_the_error_falls_as_ranks_rise(calibrated):
         _, reports = compressor_of(model, stats, rank=rank).run()
         errors.append([error for name in ("gate", "up", "down") for error in reports[name].relative_error])
     assert errors[0] == pytest.approx([1.0] * len(errors[0]))
-    for lower, higher in zip(errors[:-1], errors[1:], strict=True):
+    for lower, higher in pairwise(errors):
         assert all(b < a for a, b in zip(lower, higher, strict=True))
 
 
@@ -168,9 +169,7 @@ def test_shrinkage_is_the_designs(calibrated):
     layer = next(iter(stats.layers.values()))
     pooled = layer.gram_gate_up.sum(0) / layer.tokens.sum()
     n = int(layer.tokens[1])
-    torch.testing.assert_close(
-        shrunk_gate_up_gram(layer, pooled, 1), (layer.gram_gate_up[1] + 32 * pooled) / (n + 32)
-    )
+    torch.testing.assert_close(shrunk_gate_up_gram(layer, pooled, 1), (layer.gram_gate_up[1] + 32 * pooled) / (n + 32))
     down = layer.gram_down[1]
     own = torch.eye(INTER, dtype=torch.float64) * down.diagonal().mean() / n
     torch.testing.assert_close(shrunk_down_gram(layer, 1), (down + 32 * own) / (n + 32))
@@ -256,7 +255,9 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_replaced(calibrate
     model, stats = calibrated
     twin = copy_of(model)
     twin.model.layers[1].mlp.experts.down_proj.data[3, 0, 0] = math.inf
-    with pytest.raises(ValueError, match=r"weights must be finite, got NaN or infinity in down of expert 3 of model\.layers\.1"):
+    with pytest.raises(
+        ValueError, match=r"weights must be finite, got NaN or infinity in down of expert 3 of model\.layers\.1"
+    ):
         compress_experts(twin, stats, CompressionConfig(0.3))
     assert not any(isinstance(m, D2MoEExperts) for m in twin.modules())
 
@@ -264,7 +265,10 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_replaced(calibrate
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CompressionConfig(0.3, merge="fisher_frequency"), "taken for merge='fisher_frequency', got those for 'fisher'"),
+        (
+            CompressionConfig(0.3, merge="fisher_frequency"),
+            "taken for merge='fisher_frequency', got those for 'fisher'",
+        ),
         (CompressionConfig(0.3, num_bases=2), "taken for num_bases=2, got statistics for 1"),
         (CompressionConfig(0.97), "ratio must lie between 0 and"),
     ],

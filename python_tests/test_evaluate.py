@@ -62,9 +62,7 @@ def log_perplexity_token_by_token(model, ids, context):
 def test_perplexity_is_its_definition(model, window, stride, context):
     result = perplexity(model, IDS, window=window, stride=stride, batch_size=3)
     assert result.tokens == len(IDS) - 1
-    assert math.log(result.perplexity) == pytest.approx(
-        log_perplexity_token_by_token(model, IDS, context), abs=TOLERANCE
-    )
+    assert math.log(result.perplexity) == pytest.approx(log_perplexity_token_by_token(model, IDS, context), abs=TOLERANCE)
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity():

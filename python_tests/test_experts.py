@@ -92,7 +92,7 @@ def random_experts(dynamic: int = 0) -> D2MoEExperts:
     )
     experts = D2MoEExperts(spec, None, dtype=torch.float64)
     g = torch.Generator().manual_seed(3)
-    for name, parameter in experts.named_parameters():
+    for parameter in experts.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64))
     for group, (_, inputs) in (("gate_up", spec.shape_of("gate_up")), ("down", spec.shape_of("down"))):
         columns = getattr(experts, f"{group}_columns")

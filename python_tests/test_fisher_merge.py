@@ -67,9 +67,7 @@ def test_large_enough_for_every_thread_and_block(layout):
             return torch.nn.functional.pad(value, (3, 2))[:, 3:-2]
         return value
 
-    weighted_sum, fisher_sum, weight, gradient = (
-        arrange(torch.randn(301, 1033, generator=generator)) for _ in range(4)
-    )
+    weighted_sum, fisher_sum, weight, gradient = (arrange(torch.randn(301, 1033, generator=generator)) for _ in range(4))
     before = weighted_sum.clone(), fisher_sum.clone()
     ops.fisher_merge_(weighted_sum, fisher_sum, weight, gradient, 0.25)
     assert_merged(before, (weighted_sum, fisher_sum), weight, gradient, 0.25)

@@ -194,7 +194,10 @@ EXPERTS_OF = {
     ("edit", "message"),
     [
         (lambda t, p: t.pop(f"{p}.down_base"), "must hold the tensor {model}.down_base, got a checkpoint without it"),
-        (lambda t, p: t.pop(f"{p}.up_delta_rank"), "must hold the tensor {model}.up_delta_rank, got a checkpoint without it"),
+        (
+            lambda t, p: t.pop(f"{p}.up_delta_rank"),
+            "must hold the tensor {model}.up_delta_rank, got a checkpoint without it",
+        ),
         (
             lambda t, p: t.update({f"{p}.gate_up_bias": torch.zeros(6, 48)}),
             "must hold only tensors that its config.json describes, got {model}.gate_up_bias",
@@ -249,7 +252,9 @@ def test_a_config_for_another_model_is_refused_on_load(tmp_path):
     del layers["model.layers.7.mlp.experts"]
     config["intermediate_size"] = 26
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"must have the checkpoint's layout .*intermediate_size=24.* got .*intermediate_size=26"):
+    with pytest.raises(
+        ValueError, match=r"must have the checkpoint's layout .*intermediate_size=24.* got .*intermediate_size=26"
+    ):
         load(tmp_path)
 
 

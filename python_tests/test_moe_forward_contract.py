@@ -18,9 +18,7 @@ def calls(layer: Layer) -> list[tuple[Callable, dict]]:
     """The three operators with arguments that fit together."""
     rows = layer.arguments["top_k_index"].numel()
     inter = layer.arguments["delta_v"][-1].shape[1]
-    activated = torch.randn(rows, inter, generator=torch.Generator().manual_seed(0)).to(
-        layer.arguments["hidden_states"].dtype
-    )
+    activated = torch.randn(rows, inter, generator=torch.Generator().manual_seed(0)).to(layer.arguments["hidden_states"].dtype)
     return [
         (ops.moe_forward, layer.arguments),
         (ops.moe_gate_up_forward, layer.gate_up_arguments()),
@@ -118,9 +116,7 @@ def test_a_non_finite_token_spoils_no_other(bases: int, dtype: torch.dtype, bad:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_depend_neither_on_the_run_nor_on_the_threads(dtype: torch.dtype) -> None:
-    layer = make_layer(
-        6, tokens=200, experts=8, top_k=3, hidden=64, inter=96, bases=(2, 1), dtype=dtype, keep=(0.9, 0.9)
-    )
+    layer = make_layer(6, tokens=200, experts=8, top_k=3, hidden=64, inter=96, bases=(2, 1), dtype=dtype, keep=(0.9, 0.9))
     threads = torch.get_num_threads()
     try:
         results = []
@@ -136,9 +132,7 @@ def test_results_depend_neither_on_the_run_nor_on_the_threads(dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bases", "ranks"), [(1, "uniform"), (8, "zero")])
 def test_error_is_no_worse_than_twice_torchs_own(dtype: torch.dtype, bases: int, ranks: str) -> None:
-    layer = make_layer(
-        7, tokens=64, experts=8, top_k=4, hidden=128, inter=192, bases=(bases, bases), ranks=ranks, dtype=dtype
-    )
+    layer = make_layer(7, tokens=64, experts=8, top_k=4, hidden=128, inter=192, bases=(bases, bases), ranks=ranks, dtype=dtype)
     exact = reference.moe_forward(**layer.to(torch.float64).arguments)
 
     def error(output: torch.Tensor) -> float:
@@ -153,9 +147,7 @@ def test_results_round_to_nearest_even_for_every_value_of_the_dtype(dtype: torch
     values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[values.isfinite()]
     hidden = values.numel()
-    weights = torch.tensor(
-        [[1.0], [1.0 + 2**-8], [0.99], [2.0**-12 * 1.3], [3.7], [-(2.0**-9)], [1.0 + 2**-11 + 2**-23]]
-    )
+    weights = torch.tensor([[1.0], [1.0 + 2**-8], [0.99], [2.0**-12 * 1.3], [3.7], [-(2.0**-9)], [1.0 + 2**-11 + 2**-23]])
     output = ops.moe_down_forward(
         torch.zeros(7, 1, dtype=dtype), torch.zeros(7, 1, dtype=torch.int64), weights,
         torch.zeros(1, hidden, 1, dtype=dtype), None, None, torch.zeros(1, dtype=torch.int32), 1, values.unsqueeze(0),

@@ -15,9 +15,7 @@ from d2moe_ext.reference import moe_forward as reference
 def compose(layer: Layer) -> torch.Tensor:
     arguments = layer.arguments
     gate_up = ops.moe_gate_up_forward(**layer.gate_up_arguments())
-    activated = reference.gated_activation(
-        gate_up, arguments["activation"], arguments["interleaved"], gated=layer.gated
-    )
+    activated = reference.gated_activation(gate_up, arguments["activation"], arguments["interleaved"], gated=layer.gated)
     return ops.moe_down_forward(**layer.down_arguments(activated, per_pair=False))
 
 

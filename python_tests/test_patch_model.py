@@ -168,7 +168,11 @@ def test_a_model_is_left_as_it_was_when_its_checkpoint_is_refused(damage, tmp_pa
         "plain": "must hold a quantization_config of a compressed model, got none",
         "other": "must have the experts 'layers.0.mlp.experts' that the checkpoint describes",
     }
-    source = {"truncated": compressed_model("mixtral"), "plain": tiny_model("mixtral"), "other": compressed_model("list_moe")}
+    source = {
+        "truncated": compressed_model("mixtral"),
+        "plain": tiny_model("mixtral"),
+        "other": compressed_model("list_moe"),
+    }
     source[damage].save_pretrained(tmp_path / "checkpoint")
     if damage == "truncated":
         file = tmp_path / "checkpoint" / "model.safetensors"

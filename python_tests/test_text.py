@@ -47,9 +47,7 @@ def test_another_process_reads_the_same_text():
     code = "import hashlib; from d2moe_ext.text import python_text; "
     code += "print(hashlib.sha256(python_text('calibration').encode()).hexdigest())"
     hashes = {
-        subprocess.run(
-            [sys.executable, "-c", code], env=_environment(seed), capture_output=True, text=True, check=True
-        ).stdout
+        subprocess.run([sys.executable, "-c", code], env=_environment(seed), capture_output=True, text=True, check=True).stdout
         for seed in ("1", "2")
     }
     assert len(hashes) == 1

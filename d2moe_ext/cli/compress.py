@@ -49,9 +49,7 @@ def compress_command(
         Path | None, typer.Option(help="A UTF-8 text file; without it, text that comes with Python.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, drawn at random.")] = 128,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per window; without it 512, or what the model can take.")
-    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; without it 512, or what the model can take.")] = None,
     batch_size: Annotated[int, typer.Option(help="Calibration windows read at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     count: CountOption = "stored",
@@ -69,9 +67,7 @@ def compress_command(
     """Compress MODEL into the directory OUT, which appears complete or not at all."""
     from d2moe_ext.config import CompressionConfig
 
-    config = CompressionConfig(
-        ratio, preset, base_sparsity, count, merge, decomposition, ranks, fold, joint_gate_up, num_bases
-    )
+    config = CompressionConfig(ratio, preset, base_sparsity, count, merge, decomposition, ranks, fold, joint_gate_up, num_bases)
     text = None if calibration is None else common.read_text("--calibration", calibration)
     common.check_model(model)
     out = out.expanduser().resolve()

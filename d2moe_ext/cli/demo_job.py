@@ -95,9 +95,7 @@ class _Demo:
     ) -> None:
         self.tokenizer, self.heldout, self.sizes, self.progress = tokenizer, heldout, sizes, progress
 
-    def row(
-        self, label: str, model: PreTrainedModel, directory: Path, parameters: int, planned: int, full: bool
-    ) -> DemoRow:
+    def row(self, label: str, model: PreTrainedModel, directory: Path, parameters: int, planned: int, full: bool) -> DemoRow:
         """Evaluate a model; ``full`` also times it and lets it write."""
         quality = perplexity(
             model,

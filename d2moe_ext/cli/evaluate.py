@@ -17,9 +17,7 @@ _DEFAULT_SEQLEN = 2048
 def evaluate_command(
     model: ModelArgument,
     text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per window; without it 2048, or what the model can take.")
-    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; without it 2048, or what the model can take.")] = None,
     stride: Annotated[int | None, typer.Option(help="How far the window moves; without it, by its length.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read only the text's first tokens.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward; 1 where dynamic pruning is on.")] = 8,

@@ -12,12 +12,8 @@ from d2moe_ext.config import Count, Decomposition, Merge, Preset, Ranks
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory or its name on the hub.")]
 RatioOption = Annotated[float, typer.Option(help="Parameters to remove, as a share of the whole model's.")]
-PresetOption = Annotated[
-    Preset, typer.Option(help="The base's pruned columns: 10 % (performance) or 60 % (throughput).")
-]
-SparsityOption = Annotated[
-    float | None, typer.Option(help="The base's pruned columns as a share, in place of the preset's.")
-]
+PresetOption = Annotated[Preset, typer.Option(help="The base's pruned columns: 10 % (performance) or 60 % (throughput).")]
+SparsityOption = Annotated[float | None, typer.Option(help="The base's pruned columns as a share, in place of the preset's.")]
 CountOption = Annotated[
     Count, typer.Option(help="Count what the file holds, or as the paper does, without dynamically pruned columns.")
 ]

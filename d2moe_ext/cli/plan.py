@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    model: Annotated[
-        str, typer.Argument(metavar="CONFIG_OR_MODEL", help="A config.json, a model's directory or its name.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="CONFIG_OR_MODEL", help="A config.json, a model's directory or its name.")],
     ratio: RatioOption,
     preset: PresetOption = "performance",
     base_sparsity: SparsityOption = None,

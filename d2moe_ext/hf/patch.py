@@ -53,7 +53,9 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
     modules = compressed_modules(model)
     if checkpoint is not None:
         if modules:
-            raise ValueError(f"patch_model: the model must be plain where a checkpoint is given, got {len(modules)} compressed layers")
+            raise ValueError(
+                f"patch_model: the model must be plain where a checkpoint is given, got {len(modules)} compressed layers"
+            )
         patch = _load_layers(model, Path(checkpoint))
     elif modules:
         patch = _Patch({}, marked=False)

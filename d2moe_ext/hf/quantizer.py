@@ -115,7 +115,9 @@ def views_of(model: nn.Module, layers: Mapping[str, ExpertsSpec]) -> dict[str, E
     views = {view.name: view for view in find_experts(model)}
     for name, spec in layers.items():
         if name not in views:
-            raise ValueError(f"d2moe: the model must have the experts {name!r} that the checkpoint describes, got {sorted(views)}")
+            raise ValueError(
+                f"d2moe: the model must have the experts {name!r} that the checkpoint describes, got {sorted(views)}"
+            )
         if views[name].layout != spec.layout:
             raise ValueError(f"d2moe: {name} must have the checkpoint's layout {spec.layout}, got {views[name].layout}")
     return {name: views[name] for name in layers}
@@ -172,7 +174,9 @@ def mark_compressed(model: PreTrainedModel, specs: dict[str, ExpertsSpec], recor
     """
     modules = compressed_modules(model)
     if {name: module.spec for name, module in modules.items()} != specs:
-        raise ValueError(f"mark_compressed: specs must describe the model's compressed experts {sorted(modules)}, got {sorted(specs)}")
+        raise ValueError(
+            f"mark_compressed: specs must describe the model's compressed experts {sorted(modules)}, got {sorted(specs)}"
+        )
     config = D2MoEConfig(**CompressedLayers(specs, record).to_dict())
     quantizer = D2MoEQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer

@@ -212,9 +212,7 @@ def _moe_forward_fake(hidden_states: Tensor, *arguments: object) -> Tensor:
 
 
 @torch.library.register_fake("d2moe_ext::moe_gate_up_forward")
-def _moe_gate_up_forward_fake(
-    hidden_states: Tensor, top_k_index: Tensor, gate_up_base: Tensor, *arguments: object
-) -> Tensor:
+def _moe_gate_up_forward_fake(hidden_states: Tensor, top_k_index: Tensor, gate_up_base: Tensor, *arguments: object) -> Tensor:
     return hidden_states.new_empty(top_k_index.shape[0] * top_k_index.shape[1], gate_up_base.shape[1])
 
 

@@ -6,4 +6,12 @@ from d2moe_ext.reference.gram_update import gram_update_
 from d2moe_ext.reference.moe_forward import moe_down_forward, moe_forward, moe_gate_up_forward
 from d2moe_ext.reference.whitened_svd import whitened_svd
 
-__all__ = ["column_select", "fisher_merge_", "gram_update_", "moe_down_forward", "moe_forward", "moe_gate_up_forward", "whitened_svd"]
+__all__ = [
+    "column_select",
+    "fisher_merge_",
+    "gram_update_",
+    "moe_down_forward",
+    "moe_forward",
+    "moe_gate_up_forward",
+    "whitened_svd",
+]

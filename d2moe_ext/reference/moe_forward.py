@@ -13,13 +13,13 @@ experts are accumulated in float32 at least.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -53,9 +53,7 @@ def moe_forward(
 ) -> Tensor:
     """The whole expert layer, ``[T, H] -> [T, H]``; arguments as in :func:`d2moe_ext.ops.moe_forward`."""
     if down_columns is not None and not delta_v:
-        raise ValueError(
-            "moe_forward: delta_v must hold at least down's [R_v, I] where down_columns is given, got none"
-        )
+        raise ValueError("moe_forward: delta_v must hold at least down's [R_v, I] where down_columns is given, got none")
     if interleaved and len(delta_u) == 3:
         raise ValueError("moe_forward: delta_u must hold 2 tensors (gate_up, down) where gate_up is interleaved, got 3")
     gate_up = moe_gate_up_forward(
