@@ -25,6 +25,8 @@ from d2moe_ext.shapes import model_shapes
 
 # Tokens' worth of the shrinkage target mixed into an expert's Gram (design section 2.5).
 SHRINKAGE_TOKENS = 32
+# What the float64 copies of one call to whitened_svd may take together.
+STACK_BYTES = 2**30
 # The ridge that whitened_svd starts from; a larger one in a report means that Cholesky had failed.
 RIDGE = 1e-6
 
@@ -111,29 +113,38 @@ class _LayerCompressor:
         # An ungated layer's only delta of this group covers all rows.
         return delta[delta_rows(name, len(delta))] if self.view.layout.gated else delta
 
-    def _whitening(self, name: str, expert: int) -> dict[str, Tensor | None]:
-        group = "down" if name == "down" else "gate_up"
-        decomposition = self.config.decomposition
-        if decomposition == "plain":
-            return {"gram": None, "left_gram": None}
-        if group == "down":
+    def _gram(self, name: str, expert: int) -> Tensor:
+        """The right Gram, ``[in, in]``, or its diagonal where only that is wanted."""
+        if name == "down":
             gram = shrunk_down_gram(self.stats, expert)
         else:
             gram = shrunk_gate_up_gram(self.stats, self.pooled_gram, expert)
-        if decomposition == "activation_aware":
-            return {"gram": gram.diagonal()[None], "left_gram": None}
-        if decomposition == "whitened":
-            return {"gram": gram[None], "left_gram": None}
-        left = self.stats.left_gram[group][expert]
-        rows = delta_rows(name, len(left)) if group == "gate_up" and self.view.layout.gated else slice(None)
-        return {"gram": gram[None], "left_gram": (left[rows] if left.dim() == 1 else left[rows, rows])[None]}
+        return gram.diagonal() if self.config.decomposition == "activation_aware" else gram
 
-    def decompose(self, name: str, expert: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``u [out, r]``, ``v [r, in]``, all singular values, the ridge used."""
-        delta = self._delta(name, expert).double()[None]
-        parts = ops.whitened_svd(delta, rank, ridge=RIDGE, **self._whitening(name, expert))
-        u, v, singular_values, ridge = (part[0] for part in parts)
-        return u, v, singular_values, ridge
+    def _left_gram(self, name: str, expert: int) -> Tensor:
+        """The left Gram of a delta's rows, ``[out, out]`` or its diagonal ``[out]``."""
+        left = self.stats.left_gram["down" if name == "down" else "gate_up"][expert]
+        whole = name == "down" or not self.view.layout.gated
+        rows = slice(None) if whole else delta_rows(name, len(left))
+        return left[rows] if left.dim() == 1 else left[rows, rows]
+
+    def decompose(self, name: str, experts: list[int], rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A stack of deltas as ``u [B, out, r]``, ``v [B, r, in]``, all singular values, the ridges used."""
+        decomposition = self.config.decomposition
+        delta = torch.stack([self._delta(name, expert).double() for expert in experts])
+        gram = left_gram = None
+        if decomposition != "plain":
+            gram = torch.stack([self._gram(name, expert) for expert in experts])
+        if decomposition == "two_sided":
+            left_gram = torch.stack([self._left_gram(name, expert) for expert in experts])
+        return ops.whitened_svd(delta, rank, gram, left_gram, RIDGE)
+
+    def _stacks(self, name: str) -> list[list[int]]:
+        """The experts in stacks: together they keep every core busy, and a stack's copies stay within STACK_BYTES."""
+        out, inputs = self.plan.shapes.delta_shapes(self.plan.joint)[name]
+        size = max(1, STACK_BYTES // (8 * (out * inputs + inputs * inputs)))
+        experts = list(range(self.view.layout.num_experts))
+        return [experts[begin : begin + size] for begin in range(0, len(experts), size)]
 
     @torch.no_grad()
     def savings(self, name: str) -> list[np.ndarray]:
@@ -143,22 +154,25 @@ class _LayerCompressor:
         reached has no gradient and saves nothing.
         """
         values = []
-        for expert in range(self.view.layout.num_experts):
-            tokens = int(self.stats.tokens[expert])
-            sigma = self.decompose(name, expert, 0)[2].cpu().numpy()
-            values.append(sigma**2 * (tokens + SHRINKAGE_TOKENS) / tokens if tokens else np.zeros_like(sigma))
+        for stack in self._stacks(name):
+            for expert, sigma in zip(stack, self.decompose(name, stack, 0)[2].cpu().numpy(), strict=True):
+                tokens = int(self.stats.tokens[expert])
+                values.append(sigma**2 * (tokens + SHRINKAGE_TOKENS) / tokens if tokens else np.zeros_like(sigma))
         return values
 
     def factor(self, name: str) -> tuple[Tensor, Tensor, DeltaReport]:
         """A projection's factors over all experts, ``[R, out]`` and ``[R, in]``, in the order of the experts."""
         rows_u, rows_v, errors, ridges = [], [], [], []
-        for expert, rank in enumerate(self.plan.ranks[name]):
-            u, v, sigma, ridge = self.decompose(name, expert, rank)
-            rows_u.append(u.T)
-            rows_v.append(v)
-            energy = float(sigma.square().sum())
-            errors.append((float(sigma[rank:].square().sum()) / energy) ** 0.5 if energy else 0.0)
-            ridges.append(float(ridge))
+        ranks = self.plan.ranks[name]
+        for stack in self._stacks(name):
+            parts = self.decompose(name, stack, max(ranks[expert] for expert in stack))
+            for expert, u, v, sigma, ridge in zip(stack, *parts, strict=True):
+                rank = ranks[expert]  # the factors are nested in rank
+                rows_u.append(u[:, :rank].T)
+                rows_v.append(v[:rank])
+                energy = float(sigma.square().sum())
+                errors.append((float(sigma[rank:].square().sum()) / energy) ** 0.5 if energy else 0.0)
+                ridges.append(float(ridge))
         return torch.cat(rows_u), torch.cat(rows_v), DeltaReport(errors, ridges)
 
     def spec(self) -> ExpertsSpec:
@@ -184,9 +198,9 @@ class _LayerCompressor:
             if pruned.columns.shape[1] < pruned.full.shape[2]:
                 state[f"{group}_columns"] = pruned.columns
         if view.layout.has_bias:
-            count = range(view.layout.num_experts)
-            state["gate_up_bias"] = torch.stack([view.gate_up_bias(e) for e in count])
-            state["down_bias"] = torch.stack([view.down_bias(e) for e in count])
+            for group, bias in (("gate_up", view.gate_up_bias), ("down", view.down_bias)):
+                rows = [row for e in range(view.layout.num_experts) if (row := bias(e)) is not None]
+                state[f"{group}_bias"] = torch.stack(rows)
         reports = {}
         for name, ranks in self.plan.ranks.items():
             state[f"{name}_delta_u"], state[f"{name}_delta_v"], reports[name] = self.factor(name)

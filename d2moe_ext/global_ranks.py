@@ -6,7 +6,7 @@ experts, projections and layers: so steps are bought greedily by what they save 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ def _step_bounds(longest: int) -> list[int]:
     return bounds
 
 
-def choose_global_ranks(plan: CompressionPlan, savings: Sequence[dict[str, Sequence[np.ndarray]]]) -> CompressionPlan:
+def choose_global_ranks(plan: CompressionPlan, savings: Sequence[Mapping[str, Sequence[np.ndarray]]]) -> CompressionPlan:
     """The plan with its ranks chosen by greatest saving per parameter.
 
     Args:

@@ -31,7 +31,7 @@ def merge_experts(weight: Callable[[int], Tensor], name: str, stats: LayerStats,
         experts = torch.nonzero(stats.expert_to_base == base).flatten().tolist()
         means.append(torch.stack([weight(e).float() for e in experts]).mean(0))
         if merge == "frequency":
-            weighted.append(sum(weight(e).float() * float(stats.tokens[e]) for e in experts))
+            weighted.append(torch.stack([weight(e).float() * stats.tokens[e] for e in experts]).sum(0))
             total.append(stats.tokens[experts].sum().float().expand_as(means[-1]))
     mean = torch.stack(means)
     if merge == "mean":

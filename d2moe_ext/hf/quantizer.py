@@ -179,9 +179,9 @@ def mark_compressed(model: PreTrainedModel, specs: dict[str, ExpertsSpec], recor
         )
     config = D2MoEConfig(**CompressedLayers(specs, record).to_dict())
     quantizer = D2MoEQuantizer(config, pre_quantized=True)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    # What from_pretrained leaves on a model that it loaded.
+    for name, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", config.quant_method)):
+        setattr(model, name, value)
     quantizer.postprocess_model(model)
 
 
