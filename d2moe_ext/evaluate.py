@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -233,14 +234,20 @@ def _finished(result: Tensor) -> Tensor:
     return result
 
 
-def generate_tokens(model: nn.Module, prompt: Tensor, new_tokens: int) -> Tensor:
-    """``prompt`` int64 ``[1, N]`` and exactly ``new_tokens`` greedily chosen tokens behind it."""
-    generate: Any = model.generate  # nn.Module declares every unknown attribute a tensor or a module
-    return generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
+def generate_tokens(model: nn.Module, prompt: Tensor, new_tokens: int, seed: int | None = None) -> Tensor:
+    """``prompt`` int64 ``[1, N]`` and exactly ``new_tokens`` behind it.
+
+    Greedily chosen, or drawn at temperature 0.6 with ``seed``, without touching torch's own random state.
+    """
+    sampling: dict[str, Any] = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 0.6}
+    with torch.random.fork_rng(devices=[] if seed is None or not prompt.is_cuda else [prompt.device]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+            **sampling,
+        )
