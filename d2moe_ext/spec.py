@@ -8,6 +8,7 @@ from typing import Any
 from d2moe_ext.adapters import ExpertsLayout
 
 GROUPS = ("gate_up", "down")
+_DELTA_ORDER = ("gate", "up", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,13 @@ class ExpertsSpec:
             if delta.u_rows < 0 or delta.v_rows < 0:
                 raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")
 
+        # One order whatever the source (config.json sorts its keys): it is that of the tensors in sharded files.
+        object.__setattr__(self, "deltas", {name: self.deltas[name] for name in _DELTA_ORDER if name in self.deltas})
+
     @property
     def delta_order(self) -> tuple[str, ...]:
-        """The names of ``deltas`` in the operators' order."""
-        return tuple(name for name in ("gate", "up", "gate_up", "down") if name in self.deltas)
+        """The names of ``deltas``, which stand in the operators' order."""
+        return tuple(self.deltas)
 
     def shape_of(self, projection: str) -> tuple[int, int]:
         """``(out, in)`` of a projection or group: gate, up, gate_up or down."""

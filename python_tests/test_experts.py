@@ -125,9 +125,9 @@ def test_forward_is_the_formula_of_the_reconstructed_experts():
 
 def test_gradients_of_inputs_and_router_weights():
     experts = random_experts()
-    x, ids, weights = routed(num_tokens=3, dtype=torch.float64)
+    x, ids, weights = routed(num_tokens=2, dtype=torch.float64)
     x.requires_grad_(), weights.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: experts(x, ids, w), (x, weights))
+    assert torch.autograd.gradcheck(lambda x, w: experts(x, ids, w), (x, weights), fast_mode=True)
 
 
 def test_dynamic_pruning_can_be_switched_off():
@@ -257,7 +257,9 @@ def spec_dict() -> dict:
 
 def test_spec_survives_json():
     for spec in (random_experts(dynamic=2).spec, compress_exactly(find_experts(tiny_model("gpt_oss"))[0]).spec):
-        assert ExpertsSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+        read = ExpertsSpec.from_dict(json.loads(json.dumps(spec.to_dict(), sort_keys=True)))
+        assert read == spec
+        assert read.delta_order == spec.delta_order  # the order of the tensors in sharded files
 
 
 @pytest.mark.parametrize(
