@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -8,8 +8,7 @@ import pytest
 import torch
 from moe_forward_cases import ACTIVATIONS, Layer, make_layer
 
-from d2moe_ext import ops
-from d2moe_ext.reference import moe_forward as reference
+from d2moe_ext import ops, reference
 
 RICH = {"deltas": "separate", "bias": True, "kept": (0.7, 0.7), "keep": (0.6, 0.6), "bases": (2, 1)}
 

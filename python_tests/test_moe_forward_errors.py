@@ -9,8 +9,7 @@ import pytest
 import torch
 from moe_forward_cases import make_layer
 
-from d2moe_ext import ops
-from d2moe_ext.reference import moe_forward as reference
+from d2moe_ext import ops, reference
 
 LAYER = make_layer(
     1, tokens=7, top_k=2, experts=4, hidden=12, inter=10, bias=True, kept=(0.5, 0.5), keep=(0.5, 0.5), ranks="uniform"

@@ -8,14 +8,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from moe_forward_cases import Layer, assert_within, dense_forward, make_layer
 from test_moe_forward import DTYPES, layers
 
-from d2moe_ext import ops
-from d2moe_ext.reference import moe_forward as reference
+from d2moe_ext import ops, reference
+from d2moe_ext.reference.moe_forward import gated_activation
 
 
 def compose(layer: Layer) -> torch.Tensor:
     arguments = layer.arguments
     gate_up = ops.moe_gate_up_forward(**layer.gate_up_arguments())
-    activated = reference.gated_activation(gate_up, arguments["activation"], arguments["interleaved"], gated=layer.gated)
+    activated = gated_activation(gate_up, arguments["activation"], arguments["interleaved"], gated=layer.gated)
     return ops.moe_down_forward(**layer.down_arguments(activated, per_pair=False))
 
 
