@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,10 +21,17 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @dataclass
 class _Patch:
-    """What :func:`unpatch_model` undoes: the plain experts by path (none if the model was compressed), and the mark."""
+    """What :func:`unpatch_model` undoes.
+
+    Attributes:
+        originals: the plain experts by path; none if the model was compressed.
+        marked: whether the model was marked as compressed.
+        weight_conversions: what it remembered of its loading before it was.
+    """
 
     originals: dict[str, nn.Module]
-    marked: bool
+    marked: bool = False
+    weight_conversions: list[Any] | None = None
 
 
 def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Backend = "native") -> Model:
@@ -58,7 +65,7 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
             )
         patch = _load_layers(model, Path(checkpoint))
     elif modules:
-        patch = _Patch({}, marked=False)
+        patch = _Patch({})
     else:
         patch = _wrap_plain(model)
     for module in model.modules():
@@ -81,7 +88,7 @@ def unpatch_model(model: Model) -> Model:
     for name, original in patch.originals.items():
         restore(model, name, original)
     if patch.marked:
-        unmark_compressed(model)
+        unmark_compressed(model, patch.weight_conversions)
     for module in compressed_modules(model).values():
         module.backend = "torch"
     return model
@@ -92,7 +99,7 @@ def _wrap_plain(model: PreTrainedModel) -> _Patch:
     for view in find_experts(model):
         originals[view.name] = view.module
         view.replace(UncompressedExperts(view))
-    return _Patch(originals, marked=False)
+    return _Patch(originals)
 
 
 def _load_layers(model: PreTrainedModel, directory: Path) -> _Patch:
@@ -121,5 +128,6 @@ def _load_layers(model: PreTrainedModel, directory: Path) -> _Patch:
     originals = {name: view.module for name, view in views.items()}
     for name, view in views.items():
         view.replace(modules[name])
+    patch = _Patch(originals, marked=True, weight_conversions=getattr(model, "_weight_conversions", None))
     mark_compressed(model, described.layers, described.compression)
-    return _Patch(originals, marked=True)
+    return patch

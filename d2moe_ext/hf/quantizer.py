@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -183,10 +184,16 @@ def mark_compressed(model: PreTrainedModel, specs: dict[str, ExpertsSpec], recor
     for name, value in (("hf_quantizer", quantizer), ("is_quantized", True), ("quantization_method", config.quant_method)):
         setattr(model, name, value)
     quantizer.postprocess_model(model)
+    if getattr(model, "_weight_conversions", None) is None:
+        # Built in memory, not by from_pretrained. Saved as it is, transformers would order the tensors otherwise than after
+        # a load, and shards would differ; so remember what it would look up itself.
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
 
 
-def unmark_compressed(model: PreTrainedModel) -> None:
-    """Undo :func:`mark_compressed`."""
+def unmark_compressed(model: PreTrainedModel, weight_conversions: list[Any] | None) -> None:
+    """Undo :func:`mark_compressed`; ``weight_conversions`` are those the model remembered before, if any."""
+    model._weight_conversions = weight_conversions
     assert isinstance(model.hf_quantizer, D2MoEQuantizer)
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
