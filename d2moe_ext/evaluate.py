@@ -233,7 +233,7 @@ def _finished(result: Tensor) -> Tensor:
     return result
 
 
-def generate_tokens(model: nn.Module, prompt: Tensor, new_tokens: int, seed: int | None = None) -> Tensor:
+def generate_tokens(model: Any, prompt: Tensor, new_tokens: int, seed: int | None = None) -> Tensor:
     """``prompt`` int64 ``[1, N]`` and exactly ``new_tokens`` behind it.
 
     Greedily chosen, or drawn at temperature 0.6 with ``seed``, without touching torch's own random state.

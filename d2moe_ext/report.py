@@ -157,7 +157,8 @@ def demo_tables(result: dict[str, Any]) -> RenderableType:
         table.add_row(row["label"], *sizes, f"{row['perplexity']:.3f}", *speeds)
     notes = Text(
         f"Perplexity over {result['tokens']:,} held-out tokens in windows of {result['window']}; compressed models "
-        f"with dynamic pruning, one window at a time. Calibrated on {result['calibration_tokens']:,} tokens. "
+        f"with dynamic pruning, one window at a time. Calibrated on {result['calibration_tokens']:,} tokens. Speed at batch 1: "
+        f"the original as transformers runs it, the others through patch_model. "
         f"{result['seconds']:.0f} s in all."
     )
     passages = [

@@ -88,6 +88,7 @@ def test_compress_prints_its_report(model, text, tmp_path, capsys):
 def test_compress_takes_every_option(model, text, tmp_path, capsys):
     options = ("--base-sparsity", 0.2, "--count", "paper", "--merge", "frequency", "--decomposition", "two_sided")
     options += ("--ranks", "global", "--joint-gate-up", "--num-bases", 2, "--dtype", "bfloat16", *QUICK)
+    options += ("--offload-folder", tmp_path / "sums")
     record = run_json(capsys, "compress", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *options)
     assert record["config"] == {
         "ratio": 0.3,
@@ -105,6 +106,7 @@ def test_compress_takes_every_option(model, text, tmp_path, capsys):
     assert set(described["layers"][0]["ranks"]) == {"gate_up", "down"}
     assert described["layers"][0]["num_bases"] == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert any((tmp_path / "sums").iterdir())
 
 
 def test_without_a_text_python_is_the_calibration_text(model, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_calibration import EXPERTS, HIDDEN, INTER, tiny_mixtral, token_ids
 
+import d2moe_ext
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.budget import plan_compression
 from d2moe_ext.calibration import calibrate
@@ -296,3 +297,28 @@ def test_low_precision_models_compress(calibrated, dtype):
     assert find_module(twin).down_base.dtype == dtype
     with torch.no_grad():
         assert bool(twin(input_ids=token_ids(1, 16)).logits.isfinite().all())
+
+
+def test_the_public_compress_refuses_compressed_and_patched_models(calibrated):
+    model, stats = calibrated
+    twin = copy_of(model)
+    d2moe_ext.patch_model(twin)
+    with pytest.raises(ValueError, match="the model must not be patched, got a patched one"):
+        d2moe_ext.compress(twin, stats, CompressionConfig(0.3))
+    d2moe_ext.unpatch_model(twin)
+    d2moe_ext.compress(twin, stats, CompressionConfig(0.3))
+    with pytest.raises(ValueError, match="the model must be neither compressed nor quantized, got one with d2moe"):
+        d2moe_ext.compress(twin, stats, CompressionConfig(0.3))
+
+
+def test_a_failure_to_factor_names_the_operator(calibrated):
+    """A Gram that no ridge mends: the operator's own sentence, before the layer is replaced."""
+    model, stats = calibrated
+    name = find_experts(model)[0].name
+    layer = stats.layers[name]
+    indefinite = torch.eye(HIDDEN, dtype=torch.float64) - 3 * torch.full((HIDDEN, HIDDEN), 1 / HIDDEN, dtype=torch.float64)
+    broken = replace(layer, gram_gate_up=1e3 * indefinite.expand(EXPERTS, -1, -1).contiguous())
+    twin = copy_of(model)
+    with pytest.raises(RuntimeError, match="whitened_svd: gram must be positive semi-definite"):
+        compress_experts(twin, replace(stats, layers={**stats.layers, name: broken}), CompressionConfig(0.3))
+    assert not any(isinstance(m, D2MoEExperts) for m in twin.modules())

@@ -158,9 +158,7 @@ def test_results_round_to_nearest_even_for_every_value_of_the_dtype(dtype: torch
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations_over_the_range_of_float32(activation: str) -> None:
     """One expert without a gate, all of whose matrices are 1: the output is the activation of the input itself."""
-    x = torch.cat(
-        [torch.linspace(-100, 100, 40001), torch.tensor([-1e30, -1e5, -0.0, 1e-30, -1e-30, 1e5, 1e15, torch.nan])]
-    )
+    x = torch.cat([torch.linspace(-100, 100, 40001), torch.tensor([-1e30, -1e5, -0.0, 1e-30, -1e-30, 1e5, 1e15, torch.nan])])
     one, expert = torch.ones(1, 1, 1), torch.zeros(1, dtype=torch.int32)
     index = torch.zeros(x.numel(), 1, dtype=torch.int64)
     group = (one, None, None, expert, 1, None)

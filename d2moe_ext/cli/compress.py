@@ -59,6 +59,9 @@ def compress_command(
     fold: FoldOption = True,
     joint_gate_up: JointOption = False,
     num_bases: BasesOption = 1,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="A new folder for the calibration's large sums, for models that fill the memory.")
+    ] = None,
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds anything.")] = False,
@@ -80,7 +83,7 @@ def compress_command(
         common.check_seqlen("--seqlen", window, network.config)
         tokens = common.token_stream(tokenizer, _default_text() if text is None else text)
         batches = common.calibration_batches(tokens, samples, window, batch_size, seed)
-        report = _compress(network, batches, config, progress)
+        report = _compress(network, batches, config, offload_folder, progress)
         source = "python" if calibration is None else str(calibration)
         settings = {"text": source, "samples": samples, "seqlen": window, "seed": seed}
         record = _save(network, tokenizer, report, partial, {"model": model, "calibration": settings})
@@ -109,7 +112,11 @@ def _check_reachable(network: PreTrainedModel, config: CompressionConfig) -> Non
 
 
 def _compress(
-    network: PreTrainedModel, batches: list[Tensor], config: CompressionConfig, progress: common.ProgressCallback
+    network: PreTrainedModel,
+    batches: list[Tensor],
+    config: CompressionConfig,
+    offload_folder: Path | None,
+    progress: common.ProgressCallback,
 ) -> CompressionReport:
     from d2moe_ext import hf
     from d2moe_ext.calibration import calibrate
@@ -120,6 +127,7 @@ def _compress(
         merge=config.merge,
         num_bases=config.num_bases,
         left_gram="diagonal" if config.decomposition == "two_sided" else None,
+        offload_folder=offload_folder,
         progress=progress,
     )
     return hf.compress(network, stats, config, progress=progress)

@@ -188,12 +188,12 @@ def mark_compressed(model: PreTrainedModel, specs: dict[str, ExpertsSpec], recor
         # Built in memory, not by from_pretrained. Saved as it is, transformers would order the tensors otherwise than after
         # a load, and shards would differ; so remember what it would look up itself.
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-        model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
+        model.__dict__["_weight_conversions"] = [c for c in conversions if not isinstance(c, PrefixChange)]
 
 
 def unmark_compressed(model: PreTrainedModel, weight_conversions: list[Any] | None) -> None:
     """Undo :func:`mark_compressed`; ``weight_conversions`` are those the model remembered before, if any."""
-    model._weight_conversions = weight_conversions
+    model.__dict__["_weight_conversions"] = weight_conversions
     assert isinstance(model.hf_quantizer, D2MoEQuantizer)
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
