@@ -158,7 +158,7 @@ def demo_tables(result: dict[str, Any]) -> RenderableType:
     notes = Text(
         f"Perplexity over {result['tokens']:,} held-out tokens in windows of {result['window']}; compressed models "
         f"with dynamic pruning, one window at a time. Calibrated on {result['calibration_tokens']:,} tokens. Speed at batch 1: "
-        f"the original as transformers runs it, the others through patch_model. "
+        f"the uncompressed model as transformers runs it, compressed ones through patch_model. "
         f"{result['seconds']:.0f} s in all."
     )
     passages = [
