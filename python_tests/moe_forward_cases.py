@@ -61,6 +61,16 @@ class Layer:
         }
 
 
+def with_gaps(value: Tensor) -> Tensor:
+    """The same values as a view, transposed from two dimensions on, between NaN or indices far out of range."""
+    if value.dim() == 1:
+        return with_gaps(value.unsqueeze(1)).squeeze(1)
+    filler = torch.nan if value.is_floating_point() else 10**6
+    gaps = value.new_full((*value.shape[:-2], value.shape[-1], 2 * value.shape[-2]), filler)
+    gaps[..., ::2] = value.transpose(-1, -2)
+    return gaps[..., ::2].transpose(-1, -2)
+
+
 def make_layer(
     seed: int,
     *,
@@ -92,20 +102,18 @@ def make_layer(
         ranks: ``"ragged"`` (some 0, some full), ``"uniform"`` or ``"zero"``.
         sharing: ``"none"``, ``"v"`` (one V for all experts) or ``"uv"`` (one U, too).
         kept, keep: shares of the columns that (gate_up's, down's) bases store, and of those the share they multiply.
-        strided: every floating tensor is a view with gaps, transposed where it has two dimensions or more.
+        strided: every tensor is a view with gaps, transposed where it has two dimensions or more.
     """
     generator = torch.Generator().manual_seed(seed)
 
+    def spread(value: Tensor) -> Tensor:
+        return with_gaps(value) if strided else value
+
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        value = (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-        if not strided or value.dim() < 2:
-            return value
-        gaps = torch.full((*shape[:-2], shape[-1], 2 * shape[-2]), torch.nan, dtype=dtype)
-        gaps[..., ::2] = value.transpose(-1, -2)
-        return gaps[..., ::2].transpose(-1, -2)
+        return spread((torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype))
 
     def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=INT32)
+        return spread(torch.tensor(values, dtype=INT32))
 
     def group(name: str, num_bases: int, out: int, width: int, kept_share: float, keep_share: float) -> dict:
         count = max(1, round(width * kept_share))
@@ -118,9 +126,9 @@ def make_layer(
             expert_to_base = torch.randperm(experts, generator=generator).to(INT32)
         values = {
             "base": normal(num_bases, out, count, scale=width**-0.5),
-            "columns": torch.stack(columns).to(INT32) if count < width else None,
-            "column_norms": torch.stack(norms).float() if keep_count < count else None,
-            "expert_to_base": expert_to_base,
+            "columns": spread(torch.stack(columns).to(INT32)) if count < width else None,
+            "column_norms": spread(torch.stack(norms).float()) if keep_count < count else None,
+            "expert_to_base": spread(expert_to_base),
             "keep": keep_count,
             "bias": normal(experts, out, scale=0.5) if bias else None,
         }
@@ -159,8 +167,8 @@ def make_layer(
     lists = [delta(out, hidden) for out in parts] + ([delta(hidden, inter)] if parts else [])
     arguments = {
         "hidden_states": normal(tokens, hidden),
-        "top_k_index": index.to(index_dtype),
-        "top_k_weights": torch.rand(tokens, top_k, generator=generator).to(dtype),
+        "top_k_index": spread(index.to(index_dtype)),
+        "top_k_weights": spread(torch.rand(tokens, top_k, generator=generator).to(dtype)),
         **group("gate_up", bases[0], rows, hidden, kept[0], keep[0]),
         **group("down", bases[1], hidden, inter, kept[1], keep[1]),
         **{name: [item[name] for item in lists] for name in DELTA},
