@@ -142,6 +142,9 @@ def test_list_biases_are_read_in_gate_up_order():
     model = ListMoeForCausalLM(ListMoeConfig(expert_bias=True)).eval()
     view = find_experts(model)[0]
     assert view.layout.has_bias
+    with torch.no_grad():
+        for parameter in view.parameters():
+            parameter.normal_(std=0.3)  # transformers initialises biases to 0
     expert = view.module[3]
     assert torch.equal(view.gate_up_bias(3), torch.cat([expert.gate_proj.bias, expert.up_proj.bias]))
     expected = logits(model)
@@ -229,6 +232,26 @@ def test_experts_without_a_gate_and_with_a_norm():
     y = torch.randn(3, 8)
     assert torch.equal(view.post_expert_norm(y), view.module.post_expert_norm(y))
     assert {id(p) for p in view.parameters()} == {id(view.module.up_proj), id(view.module.down_proj)}
+
+
+def test_a_gate_of_the_models_own_is_never_taken_for_a_native_one():
+    class Clamped(nn.Module):
+        """An act_fn that the operators have, inside a gate that they do not."""
+
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(4, 12, 8))
+            self.down_proj = nn.Parameter(torch.randn(4, 8, 6))
+            self.act_fn = ACT2FN["silu"]
+
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.act_fn(gate) * up.clamp(-1, 1)
+
+    view = find_experts(_block(Clamped()))[0]
+    assert view.layout.activation is None
+    x = 3 * torch.randn(5, 12)
+    assert torch.equal(view.apply_gate(x), view.module._apply_gate(x))
 
 
 def test_refusals_are_one_sentence():
