@@ -43,7 +43,9 @@ def rank_range(ranks: Sequence[int]) -> str:
 
 def _table(title: str, columns: Iterable[str]) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    # As wide as its title at least, which rich would wrap instead.
+    width = len(title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, min_width=width)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     return table
