@@ -24,6 +24,17 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def write_build_info() -> Path:
+    """A header with the source hash, for one file alone: as a compiler flag it would rebuild every other one too."""
+    folder = ROOT / "build" / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    header = folder / "d2moe_build_info.h"
+    text = f'#define D2MOE_SOURCE_HASH "{source_hash()}"\n#define D2MOE_TORCH_VERSION "{torch.__version__}"\n'
+    if not header.is_file() or header.read_text() != text:
+        header.write_text(text)
+    return folder
+
+
 def with_cuda() -> bool:
     possible = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     choice = os.environ.get("D2MOE_CUDA", "")
@@ -37,13 +48,12 @@ def with_cuda() -> bool:
     return possible and choice != "0"
 
 
-def extension():  # noqa: ANN201 (a setuptools Extension)
+def extension():
     sources = sorted(CSRC.rglob("*.cpp"))
     cuda_sources = sorted(CSRC.rglob("*.cu"))
     cuda = with_cuda() and bool(cuda_sources)
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    defines = [f'-DD2MOE_SOURCE_HASH="{source_hash()}"', f'-DD2MOE_TORCH_VERSION="{torch.__version__}"']
-    compile_args = {"cxx": ["-O3", "-Wall", "-Wno-unknown-pragmas", *openmp, *defines]}
+    compile_args = {"cxx": ["-O3", "-Wall", "-Wno-unknown-pragmas", *openmp]}
     if cuda:
         sources += cuda_sources
         compile_args["nvcc"] = ["-O3"]
@@ -52,7 +62,7 @@ def extension():  # noqa: ANN201 (a setuptools Extension)
     return kind(
         "d2moe_ext._C",
         [path.relative_to(ROOT).as_posix() for path in sources],
-        include_dirs=[str(CSRC)],
+        include_dirs=[str(CSRC), str(write_build_info())],
         extra_compile_args=compile_args,
         extra_link_args=openmp,
     )

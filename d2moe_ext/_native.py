@@ -34,7 +34,7 @@ def check_build(info: dict[str, Any], csrc: Path, torch_version: str) -> None:
 def load() -> Any:
     """Import ``_C``, which registers the operators of ``torch.ops.d2moe_ext``."""
     try:
-        from d2moe_ext import _C
+        import d2moe_ext._C as _C
     except ImportError as error:
         raise ImportError(f"d2moe_ext._C could not be loaded ({error}); build it: {BUILD_COMMAND}") from error
     check_build(_C.build_info(), Path(__file__).resolve().parent.parent / "csrc", torch.__version__)

@@ -250,7 +250,8 @@ class UncompressedExperts(D2MoEExperts):
         self._share()
 
     def _share(self) -> None:
-        for name, parameter in self._stacked(self.original).items():
+        stacked: Callable[..., dict[str, nn.Parameter]] = self.__dict__["_stacked"]
+        for name, parameter in stacked(self.original).items():
             setattr(self, name, parameter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UncompressedExperts:

@@ -1,9 +1,9 @@
 """Random MoE layers as the arguments of ``moe_forward``, and what they compute, token by token from dense weights.
 
-``dense_forward`` shares nothing with the reference or the kernels: it rebuilds ``W[e] = base + U V`` in float64 and loops over
-tokens. Beside each value it carries a bound on the error that a forward in a given dtype may make:
+``dense_forward`` shares nothing with the reference or the kernels: it rebuilds ``W[e] = base + U V`` in float64 and
+loops over tokens. Beside each value it carries a bound on the error that a forward in a given dtype may make:
 
-    product p = A x (+ bias)     |error| <= c u |A| |x| + |A| error(x),   u = eps / 2 of the dtype + (terms) eps of float32
+    product p = A x (+ bias)     |error| <= c u |A| |x| + |A| error(x),   u = eps / 2 + (terms) eps of float32
     h = act(gate) up             |error| <= |act'| error(gate) |up| + |act| error(up) + both, and one rounding of h
 
 with c = 4 roundings on the way: of V x, of U V x, of the base's product, of their sum (the halves return it).
@@ -53,7 +53,22 @@ class Layer:
     def down_arguments(self, activated: Tensor, per_pair: bool) -> dict:
         names = ["top_k_index", "top_k_weights", *(f"down_{part}" for part in GATE_UP)]
         deltas = {name: self.arguments[name][-1:] for name in DELTA}
-        return {"activated": activated, **{name: self.arguments[name] for name in names}, **deltas, "per_pair": per_pair}
+        return {
+            "activated": activated,
+            **{name: self.arguments[name] for name in names},
+            **deltas,
+            "per_pair": per_pair,
+        }
+
+
+def with_gaps(value: Tensor) -> Tensor:
+    """The same values as a view, transposed from two dimensions on, between NaN or indices far out of range."""
+    if value.dim() == 1:
+        return with_gaps(value.unsqueeze(1)).squeeze(1)
+    filler = torch.nan if value.is_floating_point() else 10**6
+    gaps = value.new_full((*value.shape[:-2], value.shape[-1], 2 * value.shape[-2]), filler)
+    gaps[..., ::2] = value.transpose(-1, -2)
+    return gaps[..., ::2].transpose(-1, -2)
 
 
 def make_layer(
@@ -83,24 +98,22 @@ def make_layer(
     """A random layer.
 
     Args:
-        deltas: ``"separate"`` (gate, up, down), ``"joint"`` (gate_up, down; what ungated layers always have) or ``"none"``.
+        deltas: ``"separate"`` (gate, up, down), ``"joint"`` (gate_up, down; all an ungated layer has) or ``"none"``.
         ranks: ``"ragged"`` (some 0, some full), ``"uniform"`` or ``"zero"``.
         sharing: ``"none"``, ``"v"`` (one V for all experts) or ``"uv"`` (one U, too).
         kept, keep: shares of the columns that (gate_up's, down's) bases store, and of those the share they multiply.
-        strided: every floating tensor is a view with gaps, transposed where it has two dimensions or more.
+        strided: every tensor is a view with gaps, transposed where it has two dimensions or more.
     """
     generator = torch.Generator().manual_seed(seed)
 
+    def spread(value: Tensor) -> Tensor:
+        return with_gaps(value) if strided else value
+
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        value = (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-        if not strided or value.dim() < 2:
-            return value
-        gaps = torch.full((*shape[:-2], shape[-1], 2 * shape[-2]), torch.nan, dtype=dtype)
-        gaps[..., ::2] = value.transpose(-1, -2)
-        return gaps[..., ::2].transpose(-1, -2)
+        return spread((torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype))
 
     def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=INT32)
+        return spread(torch.tensor(values, dtype=INT32))
 
     def group(name: str, num_bases: int, out: int, width: int, kept_share: float, keep_share: float) -> dict:
         count = max(1, round(width * kept_share))
@@ -113,9 +126,9 @@ def make_layer(
             expert_to_base = torch.randperm(experts, generator=generator).to(INT32)
         values = {
             "base": normal(num_bases, out, count, scale=width**-0.5),
-            "columns": torch.stack(columns).to(INT32) if count < width else None,
-            "column_norms": torch.stack(norms).float() if keep_count < count else None,
-            "expert_to_base": expert_to_base,
+            "columns": spread(torch.stack(columns).to(INT32)) if count < width else None,
+            "column_norms": spread(torch.stack(norms).float()) if keep_count < count else None,
+            "expert_to_base": spread(expert_to_base),
             "keep": keep_count,
             "bias": normal(experts, out, scale=0.5) if bias else None,
         }
@@ -154,8 +167,8 @@ def make_layer(
     lists = [delta(out, hidden) for out in parts] + ([delta(hidden, inter)] if parts else [])
     arguments = {
         "hidden_states": normal(tokens, hidden),
-        "top_k_index": index.to(index_dtype),
-        "top_k_weights": torch.rand(tokens, top_k, generator=generator).to(dtype),
+        "top_k_index": spread(index.to(index_dtype)),
+        "top_k_weights": spread(torch.rand(tokens, top_k, generator=generator).to(dtype)),
         **group("gate_up", bases[0], rows, hidden, kept[0], keep[0]),
         **group("down", bases[1], hidden, inter, kept[1], keep[1]),
         **{name: [item[name] for item in lists] for name in DELTA},
@@ -181,7 +194,7 @@ class Dense:
 
 
 def _dense_weights(arguments: dict, group: str, deltas: slice, width: int, masks: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Per expert: (W, |base| + |U| |V|), [out, width] in float64, without the base's columns that ``masks`` leave out."""
+    """Per expert: (W, |base| + |U| |V|), [out, width] in float64, without the base's masked columns."""
     base, columns = arguments[f"{group}_base"].double(), arguments[f"{group}_columns"]
     weights = []
     for expert, b in enumerate(arguments[f"{group}_expert_to_base"].tolist()):
@@ -249,7 +262,12 @@ def dense_forward(layer: Layer, dtype: torch.dtype) -> Dense:
         return torch.zeros(count, width, dtype=torch.float64)
 
     count = num_tokens * top_k
-    result = Dense(*(zeros(count, w) for w in (rows, rows, inter, inter, hidden, hidden)), zeros(num_tokens, hidden), zeros(num_tokens, hidden), 0.0)
+    result = Dense(
+        *(zeros(count, w) for w in (rows, rows, inter, inter, hidden, hidden)),
+        zeros(num_tokens, hidden),
+        zeros(num_tokens, hidden),
+        0.0,
+    )
     inputs: list[dict[int, Tensor]] = [{} for _ in range(a["gate_up_base"].shape[0])]
     for t, _, e in pairs:
         inputs[int(a["gate_up_expert_to_base"][e])][t] = x[t]
@@ -283,4 +301,6 @@ def assert_within(actual: Tensor, expected: Tensor, error: Tensor) -> None:
     """Every element within its bound, and finite."""
     assert actual.shape == expected.shape
     excess = (actual.double() - expected).abs() - error
-    assert bool((excess <= 0).all()), f"off by {excess.max().item():.3g} more than the bound, of {expected.abs().max().item():.3g}"
+    assert bool((excess <= 0).all()), (
+        f"off by {excess.max().item():.3g} more than the bound, of {expected.abs().max().item():.3g}"
+    )

@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from moe_forward_cases import ACTIVATIONS, Layer, assert_within, dense_forward, make_layer
 
-from d2moe_ext import ops
-from d2moe_ext.reference import moe_forward as reference
+from d2moe_ext import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

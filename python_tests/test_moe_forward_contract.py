@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from moe_forward_cases import Layer, make_layer
+from moe_forward_cases import ACTIVATIONS, Layer, make_layer
 
-from d2moe_ext import ops
-from d2moe_ext.reference import moe_forward as reference
+from d2moe_ext import ops, reference
 
 RICH = {"deltas": "separate", "bias": True, "kept": (0.7, 0.7), "keep": (0.6, 0.6), "bases": (2, 1)}
 
@@ -58,7 +57,9 @@ def test_compiles_with_inductor_and_any_number_of_tokens() -> None:
 @pytest.mark.parametrize("call", range(4))
 def test_a_gradient_is_refused_in_grad_mode_only(call: int) -> None:
     function, arguments = calls(make_layer(1, **RICH))[call]
-    differentiable = [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    differentiable = [
+        name for name, value in arguments.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
     for name in [*differentiable, "delta_u"]:
         value = arguments[name]
         grad = [v.clone().requires_grad_() for v in value] if name == "delta_u" else value.clone().requires_grad_()
@@ -72,7 +73,9 @@ def test_a_gradient_is_refused_in_grad_mode_only(call: int) -> None:
 
 
 def test_the_reference_is_differentiable_in_inputs_weights_and_factors() -> None:
-    layer = make_layer(2, tokens=3, experts=3, hidden=5, inter=4, dtype=torch.float64, bias=True, kept=(0.8, 0.8), duplicates=True)
+    layer = make_layer(
+        2, tokens=3, experts=3, hidden=5, inter=4, dtype=torch.float64, bias=True, kept=(0.8, 0.8), duplicates=True
+    )
     names = ["hidden_states", "top_k_weights", "gate_up_base", "down_base", "gate_up_bias", "down_bias"]
     factors = [*layer.arguments["delta_u"], *layer.arguments["delta_v"]]
     leaves = [value.clone().requires_grad_() for value in [*(layer.arguments[name] for name in names), *factors]]
@@ -84,11 +87,23 @@ def test_the_reference_is_differentiable_in_inputs_weights_and_factors() -> None
     assert torch.autograd.gradcheck(forward, leaves)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("bad", "activation"), [(float("inf"), "silu"), *((float("nan"), name) for name in sorted(ACTIVATIONS))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bases", [1, 4])
-def test_a_non_finite_token_spoils_no_other(bases: int, dtype: torch.dtype, bad: float) -> None:
-    layer = make_layer(4, tokens=40, experts=4, hidden=40, inter=40, bases=(bases, bases), dtype=dtype, kept=(0.7, 0.7))
+def test_a_non_finite_token_spoils_no_other(bases: int, dtype: torch.dtype, bad: float, activation: str) -> None:
+    layer = make_layer(
+        4,
+        tokens=40,
+        experts=4,
+        hidden=40,
+        inter=40,
+        bases=(bases, bases),
+        dtype=dtype,
+        kept=(0.7, 0.7),
+        activation=activation,
+    )
     clean = ops.moe_forward(**layer.arguments)
     hidden_states = layer.arguments["hidden_states"].clone()
     hidden_states[11] = bad
@@ -138,3 +153,34 @@ def test_results_round_to_nearest_even_for_every_value_of_the_dtype(dtype: torch
         [], [], [], [], [], False,
     )  # fmt: skip
     assert torch.equal(output, (weights * values.float()).to(dtype))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_activations_over_the_range_of_float32(activation: str) -> None:
+    """One expert without a gate, all of whose matrices are 1: the output is the activation of the input itself."""
+    x = torch.cat([torch.linspace(-100, 100, 40001), torch.tensor([-1e30, -1e5, -0.0, 1e-30, -1e-30, 1e5, 1e15, torch.nan])])
+    one, expert = torch.ones(1, 1, 1), torch.zeros(1, dtype=torch.int32)
+    index = torch.zeros(x.numel(), 1, dtype=torch.int64)
+    group = (one, None, None, expert, 1, None)
+    output = ops.moe_forward(
+        x.unsqueeze(1), index, torch.ones(x.numel(), 1), *group, *group, [], [], [], [], [], activation, False
+    )
+    expected = ACTIVATIONS[activation](x.double()).float()
+    # exp(a) carries the rounding of a, up to 87 here; 1 + erf and 1 + tanh cancel, in float64 too.
+    torch.testing.assert_close(
+        output.flatten(), expected, rtol=2e-5, atol=1e-12 if "gelu" in activation else 1e-30, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "hidden", "rows"), [(2060, 24, 40), (20, 2100, 1010)])
+def test_products_larger_than_a_conversion_chunk(tokens: int, hidden: int, rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    base = (torch.randn(1, rows, hidden, generator=generator) * hidden**-0.5).to(dtype)
+    index = torch.zeros(tokens, 1, dtype=torch.int64)
+    arguments = (x, index, base, None, None, torch.zeros(1, dtype=torch.int32), hidden, None, [], [], [], [], [])
+    exact = x.double() @ base[0].double().T
+    error = (ops.moe_gate_up_forward(*arguments).double() - exact).abs()
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5 * (x.double().abs() @ base[0].double().abs().T)
+    assert bool((error <= bound + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps).all())

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a table of refusals, one a line)
 """Every refusal of ``moe_forward`` and its halves: one sentence with operator, argument, rule and value."""
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ import pytest
 import torch
 from moe_forward_cases import make_layer
 
-from d2moe_ext import ops
+from d2moe_ext import ops, reference
 
-LAYER = make_layer(1, tokens=7, top_k=2, experts=4, hidden=12, inter=10, bias=True, kept=(0.5, 0.5), keep=(0.5, 0.5), ranks="uniform")
+LAYER = make_layer(
+    1, tokens=7, top_k=2, experts=4, hidden=12, inter=10, bias=True, kept=(0.5, 0.5), keep=(0.5, 0.5), ranks="uniform"
+)
 A = LAYER.arguments
 INTERLEAVED = make_layer(1, interleaved=True, deltas="separate").arguments
 UNGATED = make_layer(1, gated=False).arguments
@@ -92,19 +95,62 @@ def test_moe_forward_refuses_deltas_that_do_not_fit_the_gate() -> None:
     refuse(ops.moe_forward, UNGATED | lists, "moe_forward: delta_u must hold 0 or 2 tensors, got 3")
 
 
+def test_the_reference_refuses_what_it_would_misread() -> None:
+    no_deltas = {name: [] for name in A if name.startswith("delta_")}
+    for arguments, sentence in [
+        (INTERLEAVED, "delta_u must hold 2 tensors (gate_up, down) where gate_up is interleaved, got 3"),
+        (A | no_deltas, "delta_v must hold at least down's [R_v, I] where down_columns is given, got none"),
+        (
+            A | {"down_column_norms": None},
+            "column_norms must be given where keep is less than the 5 kept columns, got None with keep = 2",
+        ),
+        (A | {"activation": "swish"}, "activation must be one of ['gelu', 'gelu_tanh', 'relu2', 'silu'], got 'swish'"),
+    ]:
+        with pytest.raises(ValueError, match=f"^moe_forward: {re.escape(sentence)}$"):
+            reference.moe_forward(**arguments)
+
+
 def test_halves_refuse_by_their_own_names() -> None:
     gate_up = LAYER.gate_up_arguments()
     down = LAYER.down_arguments(torch.zeros(14, 10), per_pair=True)
     lists = {name: A[name] for name in A if name.startswith("delta_")}
     operator = "moe_gate_up_forward"
     refuse(ops.moe_gate_up_forward, gate_up | lists, f"{operator}: delta_u must hold 0, 1 or 2 tensors, got 3")
-    refuse(ops.moe_gate_up_forward, gate_up | {"gate_up_keep": 9}, f"{operator}: gate_up_keep must be between 0 and the 6 kept columns, got 9")
+    refuse(
+        ops.moe_gate_up_forward,
+        gate_up | {"gate_up_keep": 9},
+        f"{operator}: gate_up_keep must be between 0 and the 6 kept columns, got 9",
+    )
     odd = gate_up | {"gate_up_base": A["gate_up_base"][:, :19], "gate_up_bias": None}
-    refuse(ops.moe_gate_up_forward, odd, f"{operator}: gate_up_base must have an even number of rows where gate and up have a delta each, got 19")
-    refuse(ops.moe_gate_up_forward, gate_up | {"top_k_index": torch.zeros(3, dtype=torch.int64)}, f"{operator}: top_k_index must have shape [7, k], got [3]")
+    refuse(
+        ops.moe_gate_up_forward,
+        odd,
+        f"{operator}: gate_up_base must have an even number of rows where gate and up have a delta each, got 19",
+    )
+    refuse(
+        ops.moe_gate_up_forward,
+        gate_up | {"top_k_index": torch.zeros(3, dtype=torch.int64)},
+        f"{operator}: top_k_index must have shape [7, k], got [3]",
+    )
     operator = "moe_down_forward"
     refuse(ops.moe_down_forward, down | lists, f"{operator}: delta_u must hold 0 or 1 tensors, got 3")
-    refuse(ops.moe_down_forward, down | {"activated": torch.zeros(13, 10)}, f"{operator}: activated must have shape [14, I], got [13, 10]")
-    refuse(ops.moe_down_forward, down | {"activated": torch.zeros(14, 9)}, f"{operator}: delta_v[0] must have shape [R_v, 9], got [20, 10]")
-    refuse(ops.moe_down_forward, down | {"top_k_weights": torch.zeros(7)}, f"{operator}: top_k_weights must have shape [7, 2], got [7]")
-    refuse(ops.moe_down_forward, down | {"down_columns": with_value(A["down_columns"], (0, 0), 10)}, f"{operator}: down_columns must hold values from 0 to 9, got 10")
+    refuse(
+        ops.moe_down_forward,
+        down | {"activated": torch.zeros(13, 10)},
+        f"{operator}: activated must have shape [14, I], got [13, 10]",
+    )
+    refuse(
+        ops.moe_down_forward,
+        down | {"activated": torch.zeros(14, 9)},
+        f"{operator}: delta_v[0] must have shape [R_v, 9], got [20, 10]",
+    )
+    refuse(
+        ops.moe_down_forward,
+        down | {"top_k_weights": torch.zeros(7)},
+        f"{operator}: top_k_weights must have shape [7, 2], got [7]",
+    )
+    refuse(
+        ops.moe_down_forward,
+        down | {"down_columns": with_value(A["down_columns"], (0, 0), 10)},
+        f"{operator}: down_columns must hold values from 0 to 9, got 10",
+    )

@@ -9,10 +9,10 @@ namespace d2moe::kernels {
 
 namespace {
 
-// exp(x) to 2 units in the last place for |x| <= 87, saturating outside, NaN for NaN: Cody-Waite reduction
-// and a polynomial, in a form that vectorises, which std::exp does not.
+// exp(x) to 2 units in the last place for -87 <= x <= 88.3, infinity above, exp(-87) below, NaN for NaN: Cody-Waite
+// reduction and a polynomial, in a form that vectorises, which std::exp does not.
 inline float fast_exp(float x) {
-  x = x > 87.0f ? 87.0f : x;
+  x = x > 89.0f ? 89.0f : x;  // rounds to 2^128 below: infinity
   x = x < -87.0f ? -87.0f : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float shifted = x * 1.44269504f + kRound;
@@ -55,7 +55,8 @@ void add_row(const Element* row, int64_t width, float* __restrict__ sum) {
 
 template <typename Element>
 void combine_row(const CombinedRows& rows, int64_t i, float* __restrict__ sum) {
-  const Element* base = static_cast<const Element*>(rows.base) + (rows.base_rows[i] - rows.base_row_offset) * rows.width;
+  const Element* base =
+      static_cast<const Element*>(rows.base) + (rows.base_rows[i] - rows.base_row_offset) * rows.width;
   for (int64_t j = 0; j < rows.width; ++j) {
     sum[j] = to_float(base[j]);
   }

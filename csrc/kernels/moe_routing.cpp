@@ -49,7 +49,8 @@ void sort_pairs(MoeRouting& routing) {
   }
 }
 
-// Calls visit(pair, base, is_first) for every valid pair in order; is_first: no earlier slot of its token has that base.
+// Calls visit(pair, base, is_first) for every valid pair in order; is_first: no earlier slot of its token has that
+// base.
 template <typename Visit>
 void visit_base_rows(const MoeRouting& routing, const int32_t* expert_to_base, Visit&& visit) {
   std::vector<int64_t> last_token(routing.num_bases, -1);

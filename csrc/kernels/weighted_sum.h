@@ -1,6 +1,7 @@
 // The sums over a token's experts, with the router's weight g of each pair, in float32, in slot order, rounded once:
 //
-//   sum_base_inputs   z[row]  = sum over the pairs of a (token, base) of g h[pair], at the base's columns: what down's base,
+//   sum_base_inputs   z[row]  = sum over the pairs of a (token, base) of g h[pair], at the base's columns: what down's
+//   base,
 //                               which is linear, multiplies instead of every h
 //   sum_experts       y[t]    = sum over t's base rows of base_output + sum over its pairs of g (delta_output + bias)
 //
@@ -22,14 +23,14 @@ void sum_base_inputs(const MoeRouting& routing, const void* activated, ElementTy
                      int64_t row_begin, int64_t row_end, int64_t z_row_offset, void* z);
 
 struct ExpertOutputs {
-  ElementType type;              // of all outputs and the bias
-  int64_t width;                 // H
-  const float* weights;          // [T * k]
-  const void* base_output;       // [base rows, width]
-  bool base_is_weighted;         // base_output was computed from weighted sums; otherwise there is one row per pair
-  const void* delta_output;      // [., width]
-  const int64_t* delta_row;      // [T * k], -1: the pair has none
-  const void* bias;              // [E, width], or nullptr: zero
+  ElementType type;          // of all outputs and the bias
+  int64_t width;             // H
+  const float* weights;      // [T * k]
+  const void* base_output;   // [base rows, width]
+  bool base_is_weighted;     // base_output was computed from weighted sums; otherwise there is one row per pair
+  const void* delta_output;  // [., width]
+  const int64_t* delta_row;  // [T * k], -1: the pair has none
+  const void* bias;          // [E, width], or nullptr: zero
 };
 
 // output [T, width], rows token_begin to token_end.

@@ -16,23 +16,23 @@ inline bool is_forward_dtype(at::ScalarType dtype) {
 
 inline bool is_compression_dtype(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
 
-#define D2MOE_CHECK_DIM(op, tensor, rank)                                                                 \
+#define D2MOE_CHECK_DIM(op, tensor, rank)                                                                \
   TORCH_CHECK((tensor).dim() == (rank), op, ": " #tensor " must have ", rank, " dimensions, got shape ", \
               (tensor).sizes())
 
-#define D2MOE_CHECK_SHAPE(op, tensor, ...)                                                                 \
-  do {                                                                                                     \
+#define D2MOE_CHECK_SHAPE(op, tensor, ...)                                                                  \
+  do {                                                                                                      \
     const std::initializer_list<int64_t> d2moe_expected_ = {__VA_ARGS__};                                   \
     TORCH_CHECK((tensor).sizes() == at::IntArrayRef(d2moe_expected_), op, ": " #tensor " must have shape ", \
                 at::IntArrayRef(d2moe_expected_), ", got ", (tensor).sizes());                              \
   } while (false)
 
-#define D2MOE_CHECK_DTYPE(op, tensor, expected)                                                            \
-  TORCH_CHECK((tensor).scalar_type() == (expected), op, ": " #tensor " must be ", expected, ", got ",      \
+#define D2MOE_CHECK_DTYPE(op, tensor, expected)                                                       \
+  TORCH_CHECK((tensor).scalar_type() == (expected), op, ": " #tensor " must be ", expected, ", got ", \
               (tensor).scalar_type())
 
-#define D2MOE_CHECK_DEVICE(op, tensor, like)                                                               \
-  TORCH_CHECK((tensor).device() == (like).device(), op, ": " #tensor " must be on ", (like).device(),      \
+#define D2MOE_CHECK_DEVICE(op, tensor, like)                                                          \
+  TORCH_CHECK((tensor).device() == (like).device(), op, ": " #tensor " must be on ", (like).device(), \
               " like " #like ", got ", (tensor).device())
 
 }  // namespace d2moe

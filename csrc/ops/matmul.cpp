@@ -21,7 +21,9 @@ bool has_fast_matmul(at::ScalarType dtype) {
 #endif
 }
 
-// Rows from which converting pays, and the chunks: see the measurements in tuning.
+// Converting pays between 1 row and 64. Measured with [rows, 2048] x [2048, 2816] on 2 busy cores of a Xeon with
+// AVX-512 but without bfloat16 instructions, torch 2.13, milliseconds direct / converted: 1 row: bfloat16 4.2 / 9.9,
+// float16 3.0 / 11; 64 rows: 43 / 35, 92 / 36; 512 rows: 273 / 91, 820 / 104.
 constexpr int64_t kMinRowsToConvert = 16;
 constexpr int64_t kRowsPerChunk = 1024;
 constexpr int64_t kWeightsPerChunk = int64_t{1} << 21;  // 8 MiB of float32

@@ -1,6 +1,8 @@
 // The Python module `d2moe_ext._C`. Importing it registers the operators of torch.ops.d2moe_ext;
 // each operator's schema and implementations stand in the file of its name.
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+
+#include "d2moe_build_info.h"
 
 namespace {
 

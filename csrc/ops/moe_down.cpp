@@ -83,8 +83,8 @@ at::Tensor multiply_bases(const DownInput& input, const BaseGroup& group, bool w
     }
     const int32_t* columns =
         group.columns.has_value() ? group.columns->const_data_ptr<int32_t>() + base * group.kept() : nullptr;
-    const at::Tensor x = weigh_input ? weighted_base_input(input, group, base, columns)
-                                     : pair_base_input(input, group, base, columns);
+    const at::Tensor x =
+        weigh_input ? weighted_base_input(input, group, base, columns) : pair_base_input(input, group, base, columns);
     matmul_out(output.narrow(0, begin, num_rows), x, group.base.select(0, base).t());
   }
   return output;

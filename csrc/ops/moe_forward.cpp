@@ -1,4 +1,5 @@
-// moe_forward, moe_gate_up_forward, moe_down_forward: schemas and CPU implementations (arguments: d2moe_ext/ops/moe_forward.py).
+// moe_forward, moe_gate_up_forward, moe_down_forward: schemas and CPU implementations (arguments:
+// d2moe_ext/ops/moe_forward.py).
 //
 //   gate_up[t, e] = base[b] x[t, P] + U[e] (V[e] x[t]) + bias[e]       [T * k, R], base once per (token, base)
 //   h[t, e]       = act(gate) * up, or act(up)                         [T * k, I]
@@ -29,14 +30,16 @@ int64_t intermediate_size_of(const BaseGroup& down, at::ArrayRef<Delta> deltas) 
     return deltas.back().v.size(1);
   }
   TORCH_CHECK(!down.columns.has_value(), kMoeForward,
-              ": delta_v must hold at least down's [R_v, I], which may have 0 rows, where down_columns is given, got no tensor");
+              ": delta_v must hold at least down's [R_v, I], which may have 0 rows, where down_columns is given, got "
+              "no tensor");
   TORCH_CHECK(down.base.dim() == 3, kMoeForward, ": down_base must have shape [K, out, kept], got ", down.base.sizes());
   return down.kept();
 }
 
 bool is_gated(const BaseGroup& gate_up, int64_t intermediate_size) {
-  TORCH_CHECK(gate_up.out_features() == 2 * intermediate_size || gate_up.out_features() == intermediate_size, kMoeForward,
-              ": gate_up_base must have I or 2 I rows with I = ", intermediate_size, ", got ", gate_up.out_features());
+  TORCH_CHECK(gate_up.out_features() == 2 * intermediate_size || gate_up.out_features() == intermediate_size,
+              kMoeForward, ": gate_up_base must have I or 2 I rows with I = ", intermediate_size, ", got ",
+              gate_up.out_features());
   return gate_up.out_features() != intermediate_size;
 }
 
@@ -88,15 +91,17 @@ void prepare_indices(const char* op, std::vector<Delta>& deltas) {
   check_delta_indices(op, deltas, 0);
 }
 
-at::Tensor moe_forward_cpu(
-    const at::Tensor& hidden_states, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
-    const at::Tensor& gate_up_base, const std::optional<at::Tensor>& gate_up_columns,
-    const std::optional<at::Tensor>& gate_up_column_norms, const at::Tensor& gate_up_expert_to_base,
-    int64_t gate_up_keep, const std::optional<at::Tensor>& gate_up_bias, const at::Tensor& down_base,
-    const std::optional<at::Tensor>& down_columns, const std::optional<at::Tensor>& down_column_norms,
-    const at::Tensor& down_expert_to_base, int64_t down_keep, const std::optional<at::Tensor>& down_bias,
-    at::TensorList delta_u, at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
-    at::TensorList delta_v_start, std::string_view activation, bool interleaved) {
+at::Tensor moe_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& top_k_index,
+                           const at::Tensor& top_k_weights, const at::Tensor& gate_up_base,
+                           const std::optional<at::Tensor>& gate_up_columns,
+                           const std::optional<at::Tensor>& gate_up_column_norms,
+                           const at::Tensor& gate_up_expert_to_base, int64_t gate_up_keep,
+                           const std::optional<at::Tensor>& gate_up_bias, const at::Tensor& down_base,
+                           const std::optional<at::Tensor>& down_columns,
+                           const std::optional<at::Tensor>& down_column_norms, const at::Tensor& down_expert_to_base,
+                           int64_t down_keep, const std::optional<at::Tensor>& down_bias, at::TensorList delta_u,
+                           at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
+                           at::TensorList delta_v_start, std::string_view activation, bool interleaved) {
   BaseGroup gate_up{"gate_up",    gate_up_base, gate_up_columns, gate_up_column_norms, gate_up_expert_to_base,
                     gate_up_keep, gate_up_bias};
   BaseGroup down{"down", down_base, down_columns, down_column_norms, down_expert_to_base, down_keep, down_bias};
@@ -142,12 +147,13 @@ at::Tensor combine_pairs(const at::Tensor& source, bool row_per_pair, const at::
   return output;
 }
 
-at::Tensor moe_gate_up_forward_cpu(
-    const at::Tensor& hidden_states, const at::Tensor& top_k_index, const at::Tensor& gate_up_base,
-    const std::optional<at::Tensor>& gate_up_columns, const std::optional<at::Tensor>& gate_up_column_norms,
-    const at::Tensor& gate_up_expert_to_base, int64_t gate_up_keep, const std::optional<at::Tensor>& gate_up_bias,
-    at::TensorList delta_u, at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
-    at::TensorList delta_v_start) {
+at::Tensor moe_gate_up_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& top_k_index,
+                                   const at::Tensor& gate_up_base, const std::optional<at::Tensor>& gate_up_columns,
+                                   const std::optional<at::Tensor>& gate_up_column_norms,
+                                   const at::Tensor& gate_up_expert_to_base, int64_t gate_up_keep,
+                                   const std::optional<at::Tensor>& gate_up_bias, at::TensorList delta_u,
+                                   at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
+                                   at::TensorList delta_v_start) {
   BaseGroup gate_up{"gate_up",    gate_up_base, gate_up_columns, gate_up_column_norms, gate_up_expert_to_base,
                     gate_up_keep, gate_up_bias};
   std::vector<Delta> deltas = make_deltas(kGateUpForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start);

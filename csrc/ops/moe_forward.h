@@ -31,7 +31,8 @@ struct BaseGroup {
   bool prunes_dynamically() const { return keep < kept(); }
 };
 
-// The low-rank deltas of one projection: U[e] = u[u_start[e] : u_start[e] + rank[e]].T, V[e] likewise without the transpose.
+// The low-rank deltas of one projection: U[e] = u[u_start[e] : u_start[e] + rank[e]].T, V[e] likewise without the
+// transpose.
 struct Delta {
   at::Tensor u;
   at::Tensor v;
@@ -84,9 +85,9 @@ at::Tensor gather_base_input(const at::Tensor& source, const int64_t* rows, int6
 // out = x V[e].T U[e].T
 void delta_product(const at::Tensor& out, const at::Tensor& x, const Delta& delta, int64_t expert);
 
-// The products of every (token, expert) pair, one expert at a time: base, deltas and bias, handed to finish(rows, num_rows)
-// to be added up. Pair p multiplies source row p if `row_per_pair` (its routing must have one_row_per_pair), else row
-// p / top_k, and goes to output_row[p] (nullptr: row p).
+// The products of every (token, expert) pair, one expert at a time: base, deltas and bias, handed to finish(rows,
+// num_rows) to be added up. Pair p multiplies source row p if `row_per_pair` (its routing must have one_row_per_pair),
+// else row p / top_k, and goes to output_row[p] (nullptr: row p).
 using FinishRows = std::function<void(const kernels::CombinedRows& rows, int64_t num_rows)>;
 void for_each_expert_product(const at::Tensor& source, bool row_per_pair, const kernels::MoeRouting& routing,
                              const BaseGroup& group, at::ArrayRef<Delta> deltas, const int64_t* output_row,

@@ -56,16 +56,17 @@ void check_list(const char* op, const std::string& name, const at::Tensor& tenso
 void check_values(const char* op, const std::string& name, const at::Tensor& list, int64_t limit) {
   const int32_t* values = list.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < list.numel(); ++i) {
-    TORCH_CHECK(values[i] >= 0 && values[i] < limit, op, ": ", name, " must hold values from 0 to ", limit - 1, ", got ",
-                values[i]);
+    TORCH_CHECK(values[i] >= 0 && values[i] < limit, op, ": ", name, " must hold values from 0 to ", limit - 1,
+                ", got ", values[i]);
   }
 }
 
 void check_slices(const char* op, const std::string& start_name, const std::string& factor_name, const int32_t* start,
                   const int32_t* rank, int64_t num_experts, int64_t num_rows) {
   for (int64_t e = 0; e < num_experts; ++e) {
-    TORCH_CHECK(start[e] >= 0 && int64_t{start[e]} + rank[e] <= num_rows, op, ": ", start_name, " and the rank must stay within the ",
-                num_rows, " rows of ", factor_name, ", got start ", start[e], " and rank ", rank[e], " for expert ", e);
+    TORCH_CHECK(start[e] >= 0 && int64_t{start[e]} + rank[e] <= num_rows, op, ": ", start_name,
+                " and the rank must stay within the ", num_rows, " rows of ", factor_name, ", got start ", start[e],
+                " and rank ", rank[e], " for expert ", e);
   }
 }
 
@@ -76,7 +77,8 @@ std::string delta_name(const char* part, size_t index) { return std::string(part
 std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList v, at::TensorList rank,
                                at::TensorList u_start, at::TensorList v_start) {
   const auto check_length = [&](const char* name, at::TensorList list) {
-    TORCH_CHECK(list.size() == u.size(), op, ": ", name, " must hold ", u.size(), " tensors like delta_u, got ", list.size());
+    TORCH_CHECK(list.size() == u.size(), op, ": ", name, " must hold ", u.size(), " tensors like delta_u, got ",
+                list.size());
   };
   check_length("delta_v", v);
   check_length("delta_rank", rank);
@@ -121,20 +123,21 @@ void check_base_group(const char* op, const BaseGroup& group, const at::Tensor& 
   if (group.columns.has_value()) {
     check_list(op, prefix + "columns", *group.columns, {num_bases, group.kept()}, at::kInt, input);
   } else {
-    TORCH_CHECK(group.kept() == in_features, op, ": ", prefix, "base without ", prefix, "columns must have ", in_features,
-                " columns, got ", group.kept());
+    TORCH_CHECK(group.kept() == in_features, op, ": ", prefix, "base without ", prefix, "columns must have ",
+                in_features, " columns, got ", group.kept());
   }
   TORCH_CHECK(group.keep >= 0 && group.keep <= group.kept(), op, ": ", prefix, "keep must be between 0 and the ",
               group.kept(), " kept columns, got ", group.keep);
   if (group.column_norms.has_value()) {
     check_list(op, prefix + "column_norms", *group.column_norms, {num_bases, group.kept()}, at::kFloat, input);
   } else {
-    TORCH_CHECK(!group.prunes_dynamically(), op, ": ", prefix, "column_norms must be given where ", prefix, "keep is less than the ",
-                group.kept(), " kept columns, got None with ", prefix, "keep = ", group.keep);
+    TORCH_CHECK(!group.prunes_dynamically(), op, ": ", prefix, "column_norms must be given where ", prefix,
+                "keep is less than the ", group.kept(), " kept columns, got None with ", prefix, "keep = ", group.keep);
   }
   check_list(op, prefix + "expert_to_base", group.expert_to_base, {"E"}, at::kInt, input);
   if (group.bias.has_value()) {
-    check_list(op, prefix + "bias", *group.bias, {group.num_experts(), group.out_features()}, input.scalar_type(), input);
+    check_list(op, prefix + "bias", *group.bias, {group.num_experts(), group.out_features()}, input.scalar_type(),
+               input);
   }
 }
 

@@ -186,8 +186,7 @@ void for_each_expert_product(const at::Tensor& source, bool row_per_pair, const 
     const int32_t* columns =
         group.columns.has_value() ? group.columns->const_data_ptr<int32_t>() + base * group.kept() : nullptr;
     const at::Tensor base_output = base_buffer.narrow(0, 0, num_base_rows);
-    matmul_out(base_output,
-               gather_base_input(source, base_sources + base_begin, num_base_rows, columns, group, base),
+    matmul_out(base_output, gather_base_input(source, base_sources + base_begin, num_base_rows, columns, group, base),
                group.base.select(0, base).t());
     for (int64_t i = routing.base_expert_begin[base]; i < routing.base_expert_begin[base + 1]; ++i) {
       const int64_t begin = routing.expert_begin[i];

@@ -3,8 +3,8 @@
 The halves serve layers whose activation only the model knows: ``moe_gate_up_forward``, the model's own gate, then
 ``moe_down_forward``. Together with a native activation they compute what ``moe_forward`` does.
 
-Sizes: T tokens, k experts for each (``top_k_index``), H hidden, I intermediate, E experts, K bases (each projection group
-has its own K), R rows of the gate_up group: 2 I where there is a gate, I where there is none.
+Sizes: T tokens, k experts for each (``top_k_index``), H hidden, I intermediate, E experts, K bases (each projection
+group has its own K), R rows of the gate_up group: 2 I where there is a gate, I where there is none.
 
 All three are for inference: with grad mode on and an input that requires grad they raise ``RuntimeError``; the
 differentiable form is :mod:`d2moe_ext.reference.moe_forward`.
@@ -56,31 +56,33 @@ def moe_forward(
         top_k_weights: ``[T, k]`` float32, bfloat16 or float16.
         gate_up_base: ``[K, R, H_kept]`` in the forward's dtype; rows in the model's own order.
         gate_up_columns: ``[K, H_kept]`` int32, the columns each base keeps, or None where all are (``H_kept == H``).
-        gate_up_column_norms: ``[K, H_kept]`` float32, ``||base[:, j]||_2``; may be None where nothing is pruned dynamically.
+        gate_up_column_norms: ``[K, H_kept]`` float32, ``||base[:, j]||_2``; None only where nothing is pruned
+            dynamically.
         gate_up_expert_to_base: ``[E]`` int32.
-        gate_up_keep: how many of the kept columns are multiplied: those with the largest ``norm_j * ||X_j||_2`` over the
-            tokens that reach the base. ``H_kept`` means no dynamic pruning.
+        gate_up_keep: how many of the kept columns are multiplied: those with the largest ``norm_j * ||X_j||_2`` over
+            the tokens that reach the base. ``H_kept`` means no dynamic pruning.
         gate_up_bias: ``[E, R]`` or None.
         down_base, down_columns, down_column_norms, down_expert_to_base, down_keep, down_bias: the same for down:
-            ``[K, H, I_kept]``, ``[K, I_kept]``, ``[K, I_kept]``, ``[E]``, int, ``[E, H]``. Its dynamic scores are taken on
-            its real input, the weighted sums over the experts of a base.
-        delta_u: one ``[R_u, out]`` for each delta: (gate, up, down), or (gate_up, down) with gate_up in the base's row order,
-            or (up, down) where there is no gate, or none at all.
+            ``[K, H, I_kept]``, ``[K, I_kept]``, ``[K, I_kept]``, ``[E]``, int, ``[E, H]``. Its dynamic scores are taken
+            on its real input, the weighted sums over the experts of a base.
+        delta_u: one ``[R_u, out]`` for each delta: (gate, up, down), or (gate_up, down) with gate_up in the base's row
+            order (the only form for interleaved rows), or (up, down) where there is no gate, or none at all.
         delta_v: one ``[R_v, in]`` for each delta.
         delta_rank: one ``[E]`` int32 for each delta: ``U[e] = delta_u[u_start : u_start + rank].T`` and
             ``V[e] = delta_v[v_start : v_start + rank]``. Rows may be shared between experts.
         delta_u_start: one ``[E]`` int32 for each delta.
         delta_v_start: one ``[E]`` int32 for each delta.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu2"``.
-        interleaved: whether gate_up's rows are gate0, up0, gate1, up1, ... instead of ``[gate; up]``.
+        interleaved: whether gate_up's rows are gate0, up0, gate1, up1, ... instead of ``[gate; up]``; without a gate it
+            means nothing.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states``.
 
     Raises:
-        RuntimeError: one sentence with the argument, the rule and the value, for a wrong shape, dtype, device, activation or
-            index; for ``down_columns`` without any delta, which would leave I unknown (pass deltas with zero rows); and
-            where a gradient would be needed.
+        RuntimeError: one sentence with the argument, the rule and the value, for a wrong shape, dtype, device,
+            activation or index; for ``down_columns`` without any delta, which would leave I unknown (pass deltas with
+            zero rows); and where a gradient would be needed.
     """
     return torch.ops.d2moe_ext.moe_forward(
         hidden_states,
@@ -127,8 +129,8 @@ def moe_gate_up_forward(
 
     Args:
         hidden_states ... gate_up_bias: as in :func:`moe_forward`.
-        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start: as in :func:`moe_forward` without down's: (gate, up), or
-            one over all R rows, or none.
+        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start: as in :func:`moe_forward` without down's:
+            (gate, up), or one over all R rows, or none.
 
     Returns:
         ``[T * k, R]`` in the dtype of ``hidden_states``: row ``t * k + slot``; rows of ids that are no expert are 0.
@@ -170,17 +172,17 @@ def moe_down_forward(
     delta_v_start: Sequence[Tensor],
     per_pair: bool,
 ) -> Tensor:
-    """Down and the weighted sum over each token's experts: the second half of :func:`moe_forward`, after the activation.
+    """Down and the weighted sum over a token's experts: the second half of :func:`moe_forward`, after the activation.
 
     Args:
         activated: ``[T * k, I]``, h of each pair in row ``t * k + slot``; rows of ids that are no expert are not read.
         top_k_index, top_k_weights, down_base ... down_bias: as in :func:`moe_forward`.
         delta_u, delta_v, delta_rank, delta_u_start, delta_v_start: down's alone, or none.
-        per_pair: True leaves out the weights and the sum, for models with a norm after each expert. The base is then
-            multiplied once per pair, and its dynamic scores are taken on the pairs' rows.
+        per_pair: True leaves out the weights and the sum, for models with a norm after each expert. The base is
+            then multiplied once per pair, and its dynamic scores are taken on the pairs' rows.
 
     Returns:
-        ``[T, H]`` in the dtype of ``activated``; ``[T * k, H]`` with zero rows for ids that are no expert if ``per_pair``.
+        ``[T, H]`` in the dtype of ``activated``; if ``per_pair`` ``[T * k, H]``, 0 for ids that are no expert.
 
     Raises:
         RuntimeError: as :func:`moe_forward`.
@@ -210,9 +212,7 @@ def _moe_forward_fake(hidden_states: Tensor, *arguments: object) -> Tensor:
 
 
 @torch.library.register_fake("d2moe_ext::moe_gate_up_forward")
-def _moe_gate_up_forward_fake(
-    hidden_states: Tensor, top_k_index: Tensor, gate_up_base: Tensor, *arguments: object
-) -> Tensor:
+def _moe_gate_up_forward_fake(hidden_states: Tensor, top_k_index: Tensor, gate_up_base: Tensor, *arguments: object) -> Tensor:
     return hidden_states.new_empty(top_k_index.shape[0] * top_k_index.shape[1], gate_up_base.shape[1])
 
 

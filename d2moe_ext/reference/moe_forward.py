@@ -1,4 +1,4 @@
-"""The forward of a compressed MoE layer in plain torch: the ``"torch"`` backend, and what the operators are tested against.
+"""The forward of a compressed MoE layer in plain torch: the ``"torch"`` backend, and what tests hold operators against.
 
 With g a token's router weight of an expert e, b the base of e, and P the base's kept columns:
 
@@ -13,13 +13,13 @@ experts are accumulated in float32 at least.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -52,7 +52,10 @@ def moe_forward(
     interleaved: bool,
 ) -> Tensor:
     """The whole expert layer, ``[T, H] -> [T, H]``; arguments as in :func:`d2moe_ext.ops.moe_forward`."""
-    deltas = (delta_u, delta_v, delta_rank, delta_u_start, delta_v_start)
+    if down_columns is not None and not delta_v:
+        raise ValueError("moe_forward: delta_v must hold at least down's [R_v, I] where down_columns is given, got none")
+    if interleaved and len(delta_u) == 3:
+        raise ValueError("moe_forward: delta_u must hold 2 tensors (gate_up, down) where gate_up is interleaved, got 3")
     gate_up = moe_gate_up_forward(
         hidden_states,
         top_k_index,
@@ -62,7 +65,11 @@ def moe_forward(
         gate_up_expert_to_base,
         gate_up_keep,
         gate_up_bias,
-        *(part[:-1] for part in deltas),
+        delta_u[:-1],
+        delta_v[:-1],
+        delta_rank[:-1],
+        delta_u_start[:-1],
+        delta_v_start[:-1],
     )
     intermediate_size = delta_v[-1].shape[1] if delta_v else down_base.shape[2]
     activated = gated_activation(gate_up, activation, interleaved, gated=gate_up.shape[1] != intermediate_size)
@@ -76,7 +83,11 @@ def moe_forward(
         down_expert_to_base,
         down_keep,
         down_bias,
-        *(part[-1:] for part in deltas),
+        delta_u[-1:],
+        delta_v[-1:],
+        delta_rank[-1:],
+        delta_u_start[-1:],
+        delta_v_start[-1:],
         per_pair=False,
     )
 
@@ -122,7 +133,7 @@ def moe_gate_up_forward(
 
 
 def gated_activation(gate_up: Tensor, activation: str, interleaved: bool, gated: bool) -> Tensor:
-    """``act(gate) * up`` of rows ``[gate; up]`` (or gate0, up0, gate1, ... if interleaved); ``act(up)`` if not gated."""
+    """``act(gate) * up`` of rows ``[gate; up]`` (gate0, up0, gate1, ... if interleaved); ``act(up)`` if not gated."""
     if activation not in _ACTIVATIONS:
         raise ValueError(f"moe_forward: activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
     act = _ACTIVATIONS[activation]
@@ -149,7 +160,7 @@ def moe_down_forward(
     delta_v_start: Sequence[Tensor],
     per_pair: bool,
 ) -> Tensor:
-    """Down and the weighted sum, ``[T, H]`` (``[T * k, H]`` if per_pair); as in :func:`d2moe_ext.ops.moe_down_forward`."""
+    """Down and the weighted sum, ``[T, H]``, or ``[T * k, H]`` per pair; as :func:`d2moe_ext.ops.moe_down_forward`."""
     num_tokens, top_k = top_k_index.shape
     expert_of, base_of = _expert_and_base_of_pairs(top_k_index, down_expert_to_base)
     # A pair's output row and weight: its token and the router's, or itself and 1 where nothing is summed.
@@ -199,7 +210,10 @@ def _base_product(x: Tensor, weight: Tensor, columns: Tensor | None, column_norm
         x = x[:, columns.long()]
     if keep < weight.shape[1]:
         if column_norms is None:
-            raise ValueError(f"moe_forward: column_norms is needed where keep = {keep} < {weight.shape[1]} kept columns")
+            raise ValueError(
+                f"moe_forward: column_norms must be given where keep is less than the {weight.shape[1]} kept columns, "
+                f"got None with keep = {keep}"
+            )
         scores = (column_norms.double() * x.detach().double().norm(dim=0)).float()
         scores = scores.where(~scores.isnan(), torch.inf)
         selected = torch.sort(scores, descending=True, stable=True).indices[:keep].sort().values

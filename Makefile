@@ -1,0 +1,67 @@
+# Every target sets up what it needs: a virtual environment of its own, pinned requirements, the native build.
+# A stamp file marks each step that is done, so that a second run does nothing.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Folders too, whose times change when a source is added or removed.
+NATIVE_SOURCES := $(shell find csrc) setup.py pyproject.toml
+CXX_FILES := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+PYTHON_FILES := d2moe_ext python_tests examples setup.py $(wildcard benchmarks)
+
+# The oldest supported releases, in a second environment and a copy of the sources, so that neither build touches the other.
+OLDEST := .venv-oldest
+OLDEST_SOURCES := build/oldest
+
+.PHONY: demo test test-matrix lint format build clean
+.DELETE_ON_ERROR:
+
+demo: build
+	$(BIN)/d2moe demo
+
+test: build
+	$(BIN)/python -m pytest --cov=d2moe_ext --cov-report=term:skip-covered --cov-fail-under=90
+
+test-matrix: $(OLDEST)/.requirements
+	rm -rf $(OLDEST_SOURCES)
+	mkdir -p $(OLDEST_SOURCES)
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(OLDEST_SOURCES)
+	cd $(OLDEST_SOURCES) && D2MOE_CUDA=0 $(CURDIR)/$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	cd $(OLDEST_SOURCES) && $(CURDIR)/$(OLDEST)/bin/python -m pytest
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/.built
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist demo-out *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f d2moe_ext/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.built: $(VENV)/.requirements $(NATIVE_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+# --clear: what an interrupted installation left behind is not built upon.
+%/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make PYTHON=...")'
+	$(PYTHON) -m venv --clear $*
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt | $(VENV)/.created
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(OLDEST)/.requirements: requirements-oldest.txt | $(OLDEST)/.created
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
+	@touch $@

@@ -1,0 +1,322 @@
+"""From a ratio to kept columns and ranks, counted as design section 4 of the documentation says.
+
+Nothing here touches a weight: shapes go in, a plan comes out. ``d2moe plan`` prints it and ``compress`` follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from d2moe_ext.config import CompressionConfig
+
+INDEX_BYTES = 4
+# A safetensors header spends about this much on a tensor: its name, dtype, shape and two offsets.
+HEADER_BYTES_PER_TENSOR = 118
+# The rounded total may stay below the target by this share and never exceeds it.
+LANDING_SHARE = 0.005
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """One MoE layer's routed experts. Sizes in elements; ``experts_per_token`` is the router's top k."""
+
+    name: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    experts_per_token: int
+    gated: bool = True
+    interleaved: bool = False
+    has_bias: bool = False
+
+    @property
+    def gate_up_rows(self) -> int:
+        return self.intermediate_size * (2 if self.gated else 1)
+
+    @property
+    def weight_parameters(self) -> int:
+        per_expert = (self.gate_up_rows + self.intermediate_size) * self.hidden_size
+        return self.num_experts * per_expert
+
+    @property
+    def bias_parameters(self) -> int:
+        return self.num_experts * (self.gate_up_rows + self.hidden_size) if self.has_bias else 0
+
+    def delta_shapes(self, joint: bool) -> dict[str, tuple[int, int]]:
+        """``[out, in]`` of each delta a compressed expert holds."""
+        hidden, inter = self.hidden_size, self.intermediate_size
+        down = {"down": (hidden, inter)}
+        if not self.gated:
+            return {"up": (inter, hidden)} | down
+        if joint or self.interleaved:
+            return {"gate_up": (2 * inter, hidden)} | down
+        return {"gate": (inter, hidden), "up": (inter, hidden)} | down
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What counting needs to know of a model.
+
+    Args:
+        layers: its MoE layers.
+        total_parameters: all parameters, tied ones once.
+        lookup_parameters: parameters a token only looks up (an untied input embedding): no FLOPs.
+        other_tensors: stored tensors outside the routed experts.
+        element_size: bytes of a parameter on disk.
+    """
+
+    layers: tuple[LayerShapes, ...]
+    total_parameters: int
+    lookup_parameters: int
+    other_tensors: int
+    element_size: int
+
+    @property
+    def other_parameters(self) -> int:
+        return self.total_parameters - sum(s.weight_parameters + s.bias_parameters for s in self.layers)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One compressed layer: columns stored (``kept``) and multiplied per forward (``keep``), and ranks ``[E]``."""
+
+    shapes: LayerShapes
+    num_bases: int
+    gate_up_kept: int
+    gate_up_keep: int
+    down_kept: int
+    down_keep: int
+    ranks: dict[str, list[int]]
+    joint: bool
+
+    @property
+    def base_elements(self) -> int:
+        """Elements of the stored bases."""
+        return self._base(self.gate_up_kept, self.down_kept)
+
+    def _base(self, gate_up_columns: int, down_columns: int) -> int:
+        s = self.shapes
+        return self.num_bases * (s.gate_up_rows * gate_up_columns + s.hidden_size * down_columns)
+
+    def base_parameters(self, count: str) -> int:
+        if count == "paper":
+            return self._base(self.gate_up_keep, self.down_keep)
+        return self.base_elements
+
+    @property
+    def index_elements(self) -> int:
+        """Columns (absent where all are kept), expert_to_base, and rank and starts of each delta."""
+        s = self.shapes
+        columns = self.gate_up_kept if self.gate_up_kept < s.hidden_size else 0
+        columns += self.down_kept if self.down_kept < s.intermediate_size else 0
+        per_delta = 3 * s.num_experts * len(s.delta_shapes(self.joint))
+        return self.num_bases * columns + 2 * s.num_experts + per_delta
+
+    @property
+    def delta_parameters(self) -> int:
+        shapes = self.shapes.delta_shapes(self.joint)
+        return sum(sum(self.ranks[name]) * (out + inp) for name, (out, inp) in shapes.items())
+
+    def parameters(self, count: str) -> int:
+        return self.base_parameters(count) + self.index_elements + self.shapes.bias_parameters + self.delta_parameters
+
+    @property
+    def stored_tensors(self) -> int:
+        s = self.shapes
+        columns = (self.gate_up_kept < s.hidden_size) + (self.down_kept < s.intermediate_size)
+        return 4 + columns + 2 * s.has_bias + 5 * len(s.delta_shapes(self.joint))
+
+    @property
+    def active_parameters(self) -> float:
+        """Parameters one token multiplies, over an average token: each base of its experts once, k deltas."""
+        s = self.shapes
+        k = s.experts_per_token
+        distinct_bases = self.num_bases * (1 - (1 - 1 / self.num_bases) ** k)
+        base = self._base(self.gate_up_keep, self.down_keep) / self.num_bases * distinct_bases
+        return base + k * (self.delta_parameters + s.bias_parameters) / s.num_experts
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("gate_up_kept", "gate_up_keep", "down_kept", "down_keep", "ranks")
+        return {"name": self.shapes.name} | {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """A model's compressed shape, and what it costs before and after.
+
+    ``delta_share`` is the share of the deltas' elements that the ratio leaves for their factors, before rounding:
+    the "preserved" figure of the paper's Table 12, from 0 to 1.
+    """
+
+    model: ModelShapes
+    config: CompressionConfig
+    layers: tuple[LayerPlan, ...]
+    delta_share: float
+
+    def _parameters(self, count: str) -> int:
+        return self.model.other_parameters + sum(layer.parameters(count) for layer in self.layers)
+
+    @cached_property
+    def compressed_parameters(self) -> int:
+        """By the configuration's way of counting."""
+        return self._parameters(self.config.count)
+
+    @cached_property
+    def stored_parameters(self) -> int:
+        return self._parameters("stored")
+
+    @property
+    def bytes_before(self) -> int:
+        tensors = self.model.other_tensors + sum(2 + 2 * layer.shapes.has_bias for layer in self.layers)
+        return self.model.total_parameters * self.model.element_size + tensors * HEADER_BYTES_PER_TENSOR
+
+    @property
+    def bytes_after(self) -> int:
+        indices = sum(layer.index_elements for layer in self.layers)
+        tensors = self.model.other_tensors + sum(layer.stored_tensors for layer in self.layers)
+        floats = self.stored_parameters - indices
+        return floats * self.model.element_size + indices * INDEX_BYTES + tensors * HEADER_BYTES_PER_TENSOR
+
+    @property
+    def active_parameters_before(self) -> int:
+        """Parameters one token multiplies in the uncompressed model."""
+        per_layer = (
+            s.experts_per_token * (s.weight_parameters + s.bias_parameters) // s.num_experts for s in self.model.layers
+        )
+        return self.model.other_parameters - self.model.lookup_parameters + sum(per_layer)
+
+    @property
+    def active_parameters_after(self) -> int:
+        other = self.model.other_parameters - self.model.lookup_parameters
+        return round(other + sum(layer.active_parameters for layer in self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``d2moe plan --json`` prints. FLOPs are two per active parameter; attention scores are not in them."""
+        element = self.model.element_size
+        return {
+            "total_parameters": self.model.total_parameters,
+            "compressed_parameters": self.compressed_parameters,
+            "stored_parameters": self.stored_parameters,
+            "ratio": 1 - self.compressed_parameters / self.model.total_parameters,
+            "delta_share": self.delta_share,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "active_parameters_before": self.active_parameters_before,
+            "active_parameters_after": self.active_parameters_after,
+            "flops_per_token_before": 2 * self.active_parameters_before,
+            "flops_per_token_after": 2 * self.active_parameters_after,
+            "bytes_per_token_before": element * self.active_parameters_before,
+            "bytes_per_token_after": element * self.active_parameters_after,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+
+def kept_columns(columns: int, sparsity: float) -> tuple[int, int]:
+    """Columns left by static pruning, and by dynamic pruning after it (paper, Algorithm 3)."""
+    pruned = int(columns * sparsity * 0.5)
+    return columns - pruned, columns - 2 * pruned
+
+
+def rank_step(rank: float) -> int:
+    """The kernels' step at a rank: 16, or 8 below 64."""
+    return 16 if rank >= 64 else 8
+
+
+def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
+    """A layer's plan with every rank 0: the smallest it can be."""
+    if config.num_bases > shapes.num_experts:
+        raise ValueError(
+            f"num_bases must be at most the number of experts of {shapes.name} ({shapes.num_experts}), got {config.num_bases}."
+        )
+    gate_up_kept, gate_up_keep = kept_columns(shapes.hidden_size, config.sparsity)
+    down_kept, down_keep = kept_columns(shapes.intermediate_size, config.sparsity)
+    return LayerPlan(
+        shapes=shapes,
+        num_bases=config.num_bases,
+        gate_up_kept=gate_up_kept,
+        gate_up_keep=gate_up_keep,
+        down_kept=down_kept,
+        down_keep=down_keep,
+        ranks={name: [0] * shapes.num_experts for name in shapes.delta_shapes(config.joint_gate_up)},
+        joint=config.joint_gate_up,
+    )
+
+
+def delta_budget(model: ModelShapes, config: CompressionConfig, bare: Sequence[LayerPlan]) -> int:
+    """Parameters the ratio leaves for the deltas' factors.
+
+    Raises:
+        ValueError: the ratio cannot be reached even with every rank 0, with the range that can.
+    """
+    least = model.other_parameters + sum(layer.parameters(config.count) for layer in bare)
+    budget = int((1 - config.ratio) * model.total_parameters) - least
+    if budget < 0:
+        reachable = 1 - least / model.total_parameters
+        raise ValueError(
+            f"ratio must lie between 0 and {max(reachable, 0):.4f} for this model at base sparsity {config.sparsity} "
+            f"and num_bases {config.num_bases}, counted as {config.count!r}, got {config.ratio}."
+        )
+    return budget
+
+
+def plan_compression(
+    model: ModelShapes, config: CompressionConfig, tokens_per_expert: Sequence[Sequence[int]] | None = None
+) -> CompressionPlan:
+    """Columns and uniform ranks for a ratio.
+
+    Args:
+        model: the model's shapes.
+        config: what is wanted; its ``ranks`` is not looked at (:mod:`d2moe_ext.global_ranks` starts from this plan).
+        tokens_per_expert: ``[layers][E]``; where given, the most routed experts get the steps that rounding leaves.
+
+    Raises:
+        ValueError: the ratio cannot be reached, or a layer has fewer experts than bases.
+    """
+    bare = [without_deltas(shapes, config) for shapes in model.layers]
+    budget = delta_budget(model, config, bare)
+    elements = sum(layer.shapes.weight_parameters for layer in bare)
+    share = budget / elements
+    finer = 1
+    while True:
+        layers = _round_ranks(bare, share, budget, tokens_per_expert, finer)
+        plan = CompressionPlan(model, config, tuple(layers), share)
+        target = (1 - config.ratio) * model.total_parameters
+        # Only models far smaller than any real one need a finer step than the kernels' own.
+        if plan.compressed_parameters >= (1 - LANDING_SHARE) * target or finer == 8:
+            return plan
+        finer *= 2
+
+
+def _round_ranks(
+    bare: Sequence[LayerPlan],
+    share: float,
+    budget: int,
+    tokens_per_expert: Sequence[Sequence[int]] | None,
+    finer: int,
+) -> list[LayerPlan]:
+    """Floor every rank to its step, then hand single steps to experts while the budget lasts."""
+    ranks = [{name: list(r) for name, r in layer.ranks.items()} for layer in bare]
+    spent, offers = 0, []
+    for index, layer in enumerate(bare):
+        order = expert_order(layer.shapes.num_experts, tokens_per_expert[index] if tokens_per_expert else None)
+        for name, (out, inp) in layer.shapes.delta_shapes(layer.joint).items():
+            exact = share * out * inp / (out + inp)
+            step = max(1, rank_step(exact) // finer)
+            floor = int(exact // step) * step
+            ranks[index][name] = [floor] * layer.shapes.num_experts
+            spent += floor * (out + inp) * layer.shapes.num_experts
+            offers += [(place, index, name, expert, step, out + inp) for place, expert in enumerate(order)]
+    # By place first, so that every layer's most routed expert is served before any layer's second.
+    for _, index, name, expert, step, cost in sorted(offers):
+        if spent + step * cost <= budget:
+            ranks[index][name][expert] += step
+            spent += step * cost
+    return [replace(layer, ranks=r) for layer, r in zip(bare, ranks, strict=True)]
+
+
+def expert_order(num_experts: int, tokens: Sequence[int] | None) -> list[int]:
+    """Experts from the most to the least routed; by index where nothing is known."""
+    return sorted(range(num_experts), key=lambda e: (-tokens[e] if tokens else 0, e))

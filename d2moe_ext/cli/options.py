@@ -1,0 +1,29 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2moe_ext.cli.common import Dtype
+from d2moe_ext.config import Count, Decomposition, Merge, Preset, Ranks
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory or its name on the hub.")]
+RatioOption = Annotated[float, typer.Option(help="Parameters to remove, as a share of the whole model's.")]
+PresetOption = Annotated[Preset, typer.Option(help="The base's pruned columns: 10 % (performance) or 60 % (throughput).")]
+SparsityOption = Annotated[float | None, typer.Option(help="The base's pruned columns as a share, in place of the preset's.")]
+CountOption = Annotated[
+    Count, typer.Option(help="Count what the file holds, or as the paper does, without dynamically pruned columns.")
+]
+MergeOption = Annotated[Merge, typer.Option(help="What weighs the experts in their shared base.")]
+DecompositionOption = Annotated[Decomposition, typer.Option(help="What the deltas' SVD is whitened with.")]
+RanksOption = Annotated[Ranks, typer.Option(help="One share for every delta, or chosen across the whole model.")]
+FoldOption = Annotated[bool, typer.Option("--fold/--no-fold", help="Let the deltas repair what pruning removed.")]
+JointOption = Annotated[bool, typer.Option("--joint-gate-up", help="One delta for gate and up together.")]
+BasesOption = Annotated[int, typer.Option(help="Bases per projection.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Load the weights as this; auto: as they are stored.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]

@@ -1,0 +1,275 @@
+"""Compression: merge → prune → fold → whiten → truncate, layer by layer (design section 2; paper, section 3).
+
+Each layer's experts are replaced as soon as they are compressed, so the model is never held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d2moe_ext import ops
+from d2moe_ext.adapters import ExpertsView, find_experts
+from d2moe_ext.budget import CompressionPlan, LayerPlan, plan_compression
+from d2moe_ext.calibration import CalibrationStats, LayerStats, Progress
+from d2moe_ext.config import CompressionConfig
+from d2moe_ext.experts import D2MoEExperts, DeltaSpec, ExpertsSpec, GroupSpec
+from d2moe_ext.global_ranks import choose_global_ranks
+from d2moe_ext.merge import PrunedBase, shared_bases
+from d2moe_ext.shapes import model_shapes
+
+# Tokens' worth of the shrinkage target mixed into an expert's Gram (design section 2.5).
+SHRINKAGE_TOKENS = 32
+# What the float64 copies of one call to whitened_svd may take together.
+STACK_BYTES = 2**30
+# The ridge that whitened_svd starts from; a larger one in a report means that Cholesky had failed.
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class DeltaReport:
+    """What truncation left out of one projection.
+
+    Attributes:
+        relative_error: ``[E]``, ``sqrt(Σ_{i>r} σ² / Σ σ²)`` in the whitened norm.
+        ridge: ``[E]``, the ridge used.
+    """
+
+    relative_error: list[float]
+    ridge: list[float]
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a compression did: the plan it followed and, per layer and projection, what truncation left out."""
+
+    plan: CompressionPlan
+    deltas: dict[str, dict[str, DeltaReport]]
+    specs: dict[str, ExpertsSpec]
+
+    @property
+    def raised_ridges(self) -> list[tuple[str, str, int, float]]:
+        """Layer, projection, expert and ridge wherever the ridge had to be raised for Cholesky."""
+        return [
+            (layer, name, expert, ridge)
+            for layer, deltas in self.deltas.items()
+            for name, delta in deltas.items()
+            for expert, ridge in enumerate(delta.ridge)
+            if ridge > RIDGE * 1.5
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-clean."""
+        errors = {
+            layer: {name: {"relative_error": d.relative_error, "ridge": d.ridge} for name, d in deltas.items()}
+            for layer, deltas in self.deltas.items()
+        }
+        return {"config": self.plan.config.to_dict(), "plan": self.plan.to_dict(), "deltas": errors}
+
+
+def shrunk_gate_up_gram(stats: LayerStats, pooled: Tensor, expert: int) -> Tensor:
+    """``(G[e] + τ·G_pool/n_pool) / (n[e] + τ)``, ``[H, H]`` float64 (design section 2.5); pooled is ``G_pool/n_pool``."""
+    tokens = int(stats.tokens[expert])
+    return (stats.gram_gate_up[expert] + SHRINKAGE_TOKENS * pooled) / (tokens + SHRINKAGE_TOKENS)
+
+
+def shrunk_down_gram(stats: LayerStats, expert: int) -> Tensor:
+    """The same for down, ``[I, I]``: its channels mean different things in different experts, so it shrinks to its
+    own mean diagonal."""
+    gram, tokens = stats.gram_down[expert], max(stats.gram_tokens(expert), 1)
+    shrunk = gram / (tokens + SHRINKAGE_TOKENS)
+    shrunk.diagonal().add_(gram.diagonal().mean() / tokens * SHRINKAGE_TOKENS / (tokens + SHRINKAGE_TOKENS))
+    return shrunk
+
+
+def delta_rows(name: str, gate_up_rows: int) -> slice:
+    """The rows of its base that a delta covers: gate's are the first half, up's of a gated layer the second."""
+    if name == "gate":
+        return slice(0, gate_up_rows // 2)
+    return slice(gate_up_rows // 2, gate_up_rows) if name == "up" else slice(None)
+
+
+class _LayerCompressor:
+    """One layer on its way: its bases, and any expert's delta with the Gram matrices it is whitened with."""
+
+    def __init__(self, view: ExpertsView, stats: LayerStats, config: CompressionConfig, plan: LayerPlan) -> None:
+        self.view, self.stats, self.config, self.plan = view, stats, config, plan
+        kept = {"gate_up": plan.gate_up_kept, "down": plan.down_kept}
+        self.bases: dict[str, PrunedBase] = shared_bases(view, stats, config.merge, kept)
+        self.pooled_gram = stats.gram_gate_up.sum(0) / max(int(stats.tokens.sum()), 1)
+
+    def _delta(self, name: str, expert: int) -> Tensor:
+        """``Δ[e] = W[e] − W_b·mask``; with ``fold=False`` the paper's, against the base before pruning."""
+        group = "down" if name == "down" else "gate_up"
+        weight = (self.view.down_weight if group == "down" else self.view.gate_up_weight)(expert).float()
+        base = int(self.stats.expert_to_base[expert])
+        pruned = self.bases[group]
+        delta = weight - (pruned.masked(base) if self.config.fold else pruned.full[base])
+        # An ungated layer's only delta of this group covers all rows.
+        return delta[delta_rows(name, len(delta))] if self.view.layout.gated else delta
+
+    def _gram(self, name: str, expert: int) -> Tensor:
+        """The right Gram, ``[in, in]``, or its diagonal where only that is wanted."""
+        if name == "down":
+            gram = shrunk_down_gram(self.stats, expert)
+        else:
+            gram = shrunk_gate_up_gram(self.stats, self.pooled_gram, expert)
+        return gram.diagonal() if self.config.decomposition == "activation_aware" else gram
+
+    def _left_gram(self, name: str, expert: int) -> Tensor:
+        """The left Gram of a delta's rows, ``[out, out]`` or its diagonal ``[out]``."""
+        left = self.stats.left_gram["down" if name == "down" else "gate_up"][expert]
+        whole = name == "down" or not self.view.layout.gated
+        rows = slice(None) if whole else delta_rows(name, len(left))
+        return left[rows] if left.dim() == 1 else left[rows, rows]
+
+    def decompose(self, name: str, experts: list[int], rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A stack of deltas as ``u [B, out, r]``, ``v [B, r, in]``, all singular values, the ridges used."""
+        decomposition = self.config.decomposition
+        delta = torch.stack([self._delta(name, expert).double() for expert in experts])
+        gram = left_gram = None
+        if decomposition != "plain":
+            gram = torch.stack([self._gram(name, expert) for expert in experts])
+        if decomposition == "two_sided":
+            left_gram = torch.stack([self._left_gram(name, expert) for expert in experts])
+        return ops.whitened_svd(delta, rank, gram, left_gram, RIDGE)
+
+    def _stacks(self, name: str) -> list[list[int]]:
+        """The experts in stacks: together they keep every core busy, and a stack's copies stay within STACK_BYTES."""
+        out, inputs = self.plan.shapes.delta_shapes(self.plan.joint)[name]
+        size = max(1, STACK_BYTES // (8 * (out * inputs + inputs * inputs)))
+        experts = list(range(self.view.layout.num_experts))
+        return [experts[begin : begin + size] for begin in range(0, len(experts), size)]
+
+    @torch.no_grad()
+    def savings(self, name: str) -> list[np.ndarray]:
+        """Per expert ``σ_i²/n[e]`` for the choice of global ranks, estimating the loss each step saves.
+
+        The Gram here is per token with τ tokens of shrinkage, so σ² is scaled back by (n + τ) first. What no token
+        reached has no gradient and saves nothing.
+        """
+        values = []
+        for stack in self._stacks(name):
+            for expert, sigma in zip(stack, self.decompose(name, stack, 0)[2].cpu().numpy(), strict=True):
+                tokens = int(self.stats.tokens[expert])
+                values.append(sigma**2 * (tokens + SHRINKAGE_TOKENS) / tokens if tokens else np.zeros_like(sigma))
+        return values
+
+    def factor(self, name: str) -> tuple[Tensor, Tensor, DeltaReport]:
+        """A projection's factors over all experts, ``[R, out]`` and ``[R, in]``, in the order of the experts."""
+        rows_u, rows_v, errors, ridges = [], [], [], []
+        ranks = self.plan.ranks[name]
+        for stack in self._stacks(name):
+            parts = self.decompose(name, stack, max(ranks[expert] for expert in stack))
+            for expert, u, v, sigma, ridge in zip(stack, *parts, strict=True):
+                rank = ranks[expert]  # the factors are nested in rank
+                rows_u.append(u[:, :rank].T)
+                rows_v.append(v[:rank])
+                energy = float(sigma.square().sum())
+                errors.append((float(sigma[rank:].square().sum()) / energy) ** 0.5 if energy else 0.0)
+                ridges.append(float(ridge))
+        return torch.cat(rows_u), torch.cat(rows_v), DeltaReport(errors, ridges)
+
+    def spec(self) -> ExpertsSpec:
+        plan = self.plan
+        deltas = {name: DeltaSpec(u_rows=sum(r), v_rows=sum(r)) for name, r in plan.ranks.items()}
+        return ExpertsSpec(
+            layout=self.view.layout,
+            gate_up=GroupSpec(plan.num_bases, plan.gate_up_kept, plan.gate_up_keep),
+            down=GroupSpec(plan.num_bases, plan.down_kept, plan.down_keep),
+            deltas=deltas,
+        )
+
+    @torch.no_grad()
+    def run(self) -> tuple[D2MoEExperts, dict[str, DeltaReport]]:
+        """The compressed experts, ready to take the view's place."""
+        view = self.view
+        weight = view.down_weight(0)
+        experts = D2MoEExperts(self.spec(), view, dtype=weight.dtype, device=weight.device)
+        state: dict[str, Tensor] = {}
+        for group, pruned in self.bases.items():
+            state[f"{group}_base"] = pruned.stored
+            state[f"{group}_expert_to_base"] = self.stats.expert_to_base
+            if pruned.columns.shape[1] < pruned.full.shape[2]:
+                state[f"{group}_columns"] = pruned.columns
+        if view.layout.has_bias:
+            for group, bias in (("gate_up", view.gate_up_bias), ("down", view.down_bias)):
+                rows = [row for e in range(view.layout.num_experts) if (row := bias(e)) is not None]
+                state[f"{group}_bias"] = torch.stack(rows)
+        reports = {}
+        for name, ranks in self.plan.ranks.items():
+            state[f"{name}_delta_u"], state[f"{name}_delta_v"], reports[name] = self.factor(name)
+            rank = torch.tensor(ranks, dtype=torch.int32)
+            start = (rank.cumsum(0) - rank).to(torch.int32)
+            state[f"{name}_delta_rank"] = rank
+            state[f"{name}_delta_u_start"] = state[f"{name}_delta_v_start"] = start
+        for key, value in state.items():
+            if not bool(value.isfinite().all()):
+                raise RuntimeError(f"compress: {key} of {view.name} must be finite, got NaN or infinity.")
+        experts.load_state_dict({key: value.to(experts.state_dict()[key].dtype) for key, value in state.items()})
+        return experts, reports
+
+
+def _check(views: list[ExpertsView], stats: CalibrationStats, config: CompressionConfig) -> None:
+    missing = [view.name for view in views if view.name not in stats.layers]
+    if missing:
+        raise ValueError(f"compress: stats must hold every MoE layer of the model, got none of {missing[0]}.")
+    if stats.num_bases != config.num_bases:
+        raise ValueError(
+            f"compress: stats must be taken for num_bases={config.num_bases}, got statistics for {stats.num_bases}."
+        )
+    if config.merge.startswith("fisher") and stats.merge != config.merge:
+        raise ValueError(f"compress: stats must be taken for merge={config.merge!r}, got those for {stats.merge!r}.")
+    if config.decomposition == "two_sided" and stats.left_gram is None:
+        raise ValueError("compress: decomposition='two_sided' needs stats taken with left_gram, got left_gram=None.")
+    for view in views:
+        for name, weight in (("gate_up", view.gate_up_weight), ("down", view.down_weight)):
+            for expert in range(view.layout.num_experts):
+                if not bool(weight(expert).isfinite().all()):
+                    raise ValueError(
+                        f"compress: weights must be finite, got NaN or infinity in {name} of expert {expert} of {view.name}."
+                    )
+
+
+def _compressors(views: list[ExpertsView], stats: CalibrationStats, plan: CompressionPlan) -> Iterator[_LayerCompressor]:
+    for view, layer in zip(views, plan.layers, strict=True):
+        yield _LayerCompressor(view, stats.layers[view.name], plan.config, layer)
+
+
+@torch.no_grad()
+def compress_experts(
+    model: nn.Module, stats: CalibrationStats, config: CompressionConfig, progress: Progress | None = None
+) -> CompressionReport:
+    """Replace every MoE layer's experts by compressed ones, in place.
+
+    What can be wrong is refused before anything is replaced. Use :func:`d2moe_ext.compress` for a transformers model:
+    it also makes the model savable.
+
+    Raises:
+        ValueError: statistics of another model or for other options, weights that are not finite, or a ratio that
+            cannot be reached.
+        RuntimeError: a Gram matrix that stays indefinite under the largest ridge.
+    """
+    views = find_experts(model)
+    _check(views, stats, config)
+    tokens = [stats.layers[view.name].tokens.tolist() for view in views]
+    plan = plan_compression(model_shapes(model), config, tokens)
+    report = progress or (lambda stage, done, total: None)
+    if config.ranks == "global":
+        savings = []
+        for done, compressor in enumerate(_compressors(views, stats, plan), 1):
+            savings.append({name: compressor.savings(name) for name in compressor.plan.ranks})
+            report("Singular values", done, len(views))
+        plan = choose_global_ranks(plan, savings)
+    deltas, specs = {}, {}
+    for done, compressor in enumerate(_compressors(views, stats, plan), 1):
+        experts, deltas[compressor.view.name] = compressor.run()
+        specs[compressor.view.name] = experts.spec
+        compressor.view.replace(experts)
+        report("Compressing layers", done, len(views))
+    return CompressionReport(plan, deltas, specs)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cli_helpers
+import pytest
+import torch
+
+from d2moe_ext.cli import main
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor that torch leaves uninitialised holds NaN (or the largest integer) while the test runs."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filling
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Mixtral with its tokenizer; no test may write there."""
+    return cli_helpers.save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What its tokenizer was trained on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(cli_helpers.TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def compressed_directory(tiny_directory: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `d2moe compress --ratio 0.4` makes of it; no test may write there."""
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    arguments = ["compress", str(tiny_directory), str(out), "--ratio", "0.4", "--calibration", str(tiny_text)]
+    assert main([*arguments, *cli_helpers.QUICK]) == 0
+    return out

@@ -1,0 +1,138 @@
+"""Counting and planning: the paper's Table 12, budgets that land, ratios that cannot be reached."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2moe_ext.budget import LayerShapes, ModelShapes, kept_columns, plan_compression, without_deltas
+from d2moe_ext.config import CompressionConfig
+from d2moe_ext.global_ranks import choose_global_ranks
+
+# The preserved shares of the deltas in the paper's Table 12, in percent.
+TABLE_12 = {
+    0.1: {0.2: 68.05, 0.4: 47.34, 0.6: 26.62, 0.7: 16.26, 0.8: 5.93},
+    0.6: {0.2: 74.30, 0.4: 53.58, 0.6: 32.86, 0.7: 22.54, 0.8: 12.18},
+}
+
+
+def mixtral_8x7b() -> ModelShapes:
+    layers = tuple(LayerShapes(f"model.layers.{i}.mlp.experts", 8, 4096, 14336, 2) for i in range(32))
+    return ModelShapes(layers, 46_702_792_704, 32000 * 4096, other_tensors=227, element_size=2)
+
+
+def small(num_layers=3, num_experts=8, hidden=192, inter=288, other=500_000, **options) -> ModelShapes:
+    layers = tuple(LayerShapes(f"layers.{i}", num_experts, hidden, inter, 2, **options) for i in range(num_layers))
+    total = other + sum(s.weight_parameters + s.bias_parameters for s in layers)
+    return ModelShapes(layers, total, 0, other_tensors=20, element_size=2)
+
+
+@pytest.mark.parametrize(("sparsity", "ratio"), [(s, r) for s, row in TABLE_12.items() for r in row])
+def test_table_12_is_reproduced_within_a_twentieth_of_a_point(sparsity, ratio):
+    plan = plan_compression(mixtral_8x7b(), CompressionConfig(ratio, base_sparsity=sparsity, count="paper"))
+    assert abs(100 * plan.delta_share - TABLE_12[sparsity][ratio]) < 0.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=st.floats(0.05, 0.7),
+    sparsity=st.sampled_from([0.0, 0.1, 0.37, 0.6]),
+    count=st.sampled_from(["stored", "paper"]),
+    num_experts=st.integers(4, 12),
+    joint=st.booleans(),
+    options=st.sampled_from([{}, {"gated": False}, {"interleaved": True, "has_bias": True}, {"has_bias": True}]),
+)
+def test_a_plan_lands_within_half_a_percent_and_never_above(ratio, sparsity, count, num_experts, joint, options):
+    model = small(num_experts=num_experts, **options)
+    config = CompressionConfig(ratio, base_sparsity=sparsity, count=count, joint_gate_up=joint)
+    bare = model.other_parameters + sum(without_deltas(layer, config).parameters(count) for layer in model.layers)
+    if bare > (1 - ratio) * model.total_parameters:
+        with pytest.raises(ValueError, match="ratio must lie between 0 and"):
+            plan_compression(model, config)
+        return
+    plan = plan_compression(model, config)
+    target = (1 - ratio) * model.total_parameters
+    assert 0.995 * target <= plan.compressed_parameters <= target
+
+
+def test_ranks_follow_the_kernels_step_and_differ_by_one():
+    plan = plan_compression(mixtral_8x7b(), CompressionConfig(0.6))
+    ranks = [r for layer in plan.layers for row in layer.ranks.values() for r in row]
+    assert all(r % 16 == 0 for r in ranks)
+    assert max(ranks) - min(ranks) == 16
+    low = plan_compression(small(), CompressionConfig(0.6))
+    assert {r % 8 for layer in low.layers for row in layer.ranks.values() for r in row} == {0}
+
+
+def test_the_most_routed_experts_get_the_steps_left_over():
+    tokens = [[1, 9, 2, 8, 3, 7, 4, 6]] * 3
+    plan = plan_compression(small(), CompressionConfig(0.4), tokens)
+    for layer in plan.layers:
+        for ranks in layer.ranks.values():
+            by_tokens = [ranks[e] for e in (1, 3, 5, 7, 6, 4, 2, 0)]
+            assert by_tokens == sorted(by_tokens, reverse=True)
+
+
+def test_an_unreachable_ratio_names_the_reachable_range():
+    with pytest.raises(ValueError, match=r"ratio must lie between 0 and 0\.\d{4} for this model .* got 0\.95\.$"):
+        plan_compression(small(), CompressionConfig(0.95))
+    edge = plan_compression(small(), CompressionConfig(0.5)).model
+    with pytest.raises(ValueError, match="ratio") as caught:
+        plan_compression(edge, CompressionConfig(0.99))
+    reachable = float(str(caught.value).split()[6])
+    plan_compression(edge, CompressionConfig(reachable - 1e-3))
+    with pytest.raises(ValueError, match="ratio must lie between"):
+        plan_compression(edge, CompressionConfig(reachable + 1e-3))
+
+
+def test_more_bases_than_experts_are_refused():
+    with pytest.raises(ValueError, match=r"num_bases must be at most the number of experts of layers\.0 \(8\), got 9"):
+        plan_compression(small(), CompressionConfig(0.4, num_bases=9))
+
+
+def test_paper_counting_leaves_more_for_the_deltas():
+    stored, paper = (plan_compression(small(), CompressionConfig(0.4, base_sparsity=0.6, count=c)) for c in ("stored", "paper"))
+    assert paper.delta_share > stored.delta_share
+    assert paper.stored_parameters > stored.stored_parameters
+
+
+def test_columns_are_pruned_half_for_good_and_half_per_batch():
+    assert kept_columns(4096, 0.1) == (4096 - 204, 4096 - 408)
+    assert kept_columns(100, 0.0) == (100, 100)
+
+
+def test_the_plan_as_a_dictionary_is_json_and_agrees_with_itself():
+    plan = plan_compression(small(), CompressionConfig(0.6, preset="throughput"))
+    record = json.loads(json.dumps(plan.to_dict()))
+    assert record["compressed_parameters"] == record["stored_parameters"]
+    assert record["ratio"] == pytest.approx(0.6, abs=0.003)
+    assert record["bytes_after"] < 0.45 * record["bytes_before"]
+    assert record["flops_per_token_after"] < record["flops_per_token_before"]
+    assert [layer["down_kept"] for layer in record["layers"]] == [288 - 86] * 3
+
+
+def test_active_parameters_by_hand():
+    plan = plan_compression(small(num_layers=1), CompressionConfig(0.4, base_sparsity=0.0))
+    (layer,) = plan.layers
+    base = 3 * 192 * 288
+    assert layer.active_parameters == pytest.approx(base + 2 * layer.delta_parameters / 8)
+    assert plan.active_parameters_before == 500_000 + 2 * base
+
+
+def test_global_ranks_go_where_they_save_most_and_spend_the_budget():
+    plan = plan_compression(small(num_layers=2), CompressionConfig(0.5, decomposition="two_sided", ranks="global"))
+    savings = [
+        {
+            name: [np.geomspace(1, 1e-3, 192) * (100 if (index, e) == (1, 3) else e != 0) for e in range(8)]
+            for name in layer.ranks
+        }
+        for index, layer in enumerate(plan.layers)
+    ]
+    chosen = choose_global_ranks(plan, savings)
+    ranks = [layer.ranks for layer in chosen.layers]
+    assert all(row[0] == 0 for name, row in ranks[0].items())
+    assert all(row[3] == max(row) for row in ranks[1].values())
+    target = 0.5 * plan.model.total_parameters
+    assert 0.995 * target <= chosen.compressed_parameters <= target
