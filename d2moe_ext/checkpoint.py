@@ -62,9 +62,7 @@ class CompressedLayers:
             ValueError: another method, a newer format, or an entry that describes no layer.
         """
         if data.get("quant_method") != QUANT_METHOD:
-            raise ValueError(
-                f"quantization_config: quant_method must be {QUANT_METHOD!r}, got {data.get('quant_method')!r}"
-            )
+            raise ValueError(f"quantization_config: quant_method must be {QUANT_METHOD!r}, got {data.get('quant_method')!r}")
         version = data.get("format_version")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(

@@ -78,9 +78,7 @@ class D2MoEExperts(nn.Module):
         for group in GROUPS:
             group_spec: GroupSpec = getattr(spec, group)
             out, inputs = spec.shape_of(group)
-            setattr(
-                self, f"{group}_base", _frozen(group_spec.num_bases, out, group_spec.kept, dtype=dtype, device=device)
-            )
+            setattr(self, f"{group}_base", _frozen(group_spec.num_bases, out, group_spec.kept, dtype=dtype, device=device))
             if layout.has_bias:
                 setattr(self, f"{group}_bias", _frozen(layout.num_experts, out, dtype=dtype, device=device))
             if group_spec.kept < inputs:
@@ -244,9 +242,7 @@ class UncompressedExperts(D2MoEExperts):
             setattr(self, f"{group}_expert_to_base", every)
         # In __dict__, not as a submodule: its parameters are this module's already.
         self.__dict__["original"] = view.module
-        self._stacked: Callable[[Any], dict[str, nn.Parameter]] = (
-            _stack_list if isinstance(view, ExpertList) else _stack_fused
-        )
+        self._stacked: Callable[[Any], dict[str, nn.Parameter]] = _stack_list if isinstance(view, ExpertList) else _stack_fused
         self._share()
 
     def _share(self) -> None:
@@ -296,7 +292,5 @@ def _stack_list(original: nn.ModuleList) -> dict[str, nn.Parameter]:
             for expert, rows in zip(parts, stack, strict=True):
                 for part, data in zip(expert, rows.split([part.shape[0] for part in expert]), strict=True):
                     part.data = data
-            shared[f"{group}_{suffix}"] = nn.Parameter(
-                stack, requires_grad=any(p.requires_grad for e in parts for p in e)
-            )
+            shared[f"{group}_{suffix}"] = nn.Parameter(stack, requires_grad=any(p.requires_grad for e in parts for p in e))
     return shared

@@ -63,8 +63,7 @@ class ExpertsSpec:
                 )
             if not 1 <= spec.keep <= spec.kept <= columns:
                 raise ValueError(
-                    f"ExpertsSpec: {group} must have 1 <= keep <= kept <= {columns}, "
-                    f"got keep {spec.keep}, kept {spec.kept}"
+                    f"ExpertsSpec: {group} must have 1 <= keep <= kept <= {columns}, got keep {spec.keep}, kept {spec.kept}"
                 )
         allowed = [delta_names(self.layout, joint_gate_up=True), ()]
         if not self.layout.interleaved:
@@ -77,9 +76,7 @@ class ExpertsSpec:
             )
         for name, delta in self.deltas.items():
             if delta.u_rows < 0 or delta.v_rows < 0:
-                raise ValueError(
-                    f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}"
-                )
+                raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")
 
         # One order whatever the source (config.json sorts its keys): it is that of the tensors in sharded files.
         object.__setattr__(self, "deltas", {name: self.deltas[name] for name in _DELTA_ORDER if name in self.deltas})

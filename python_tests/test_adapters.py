@@ -256,9 +256,7 @@ def test_a_gate_of_the_models_own_is_never_taken_for_a_native_one():
 
 def test_refusals_are_one_sentence():
     with pytest.raises(ValueError, match=r"must have mixture-of-experts layers .* got LlamaForCausalLM without one"):
-        find_experts(
-            LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2))
-        )
+        find_experts(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2)))
     llama4 = Llama4TextConfig(
         vocab_size=8,
         hidden_size=16,
@@ -288,9 +286,7 @@ def test_list_refusals_are_one_sentence():
     with pytest.raises(RuntimeError, match="in eval mode only, got a training model"):
         find_experts(model.train())[0].intercept(lambda x, ids, weights: x).__enter__()
     experts[2].up_proj = nn.Linear(HIDDEN, INTER + 1, bias=False)
-    with pytest.raises(
-        ValueError, match=r"find_experts: the experts of layers\.0\.mlp\.experts must have equal shapes"
-    ):
+    with pytest.raises(ValueError, match=r"find_experts: the experts of layers\.0\.mlp\.experts must have equal shapes"):
         find_experts(model)
 
 

@@ -71,10 +71,7 @@ def reconstructed(experts: D2MoEExperts, projection: str, expert: int) -> torch.
     columns = getattr(experts, f"{group}_columns", torch.arange(inputs).expand(EXPERTS, -1))[base].long()
     weight[:, columns] = getattr(experts, f"{group}_base")[base].double()
     rank, u, v = (int(getattr(experts, f"{projection}_delta_{p}")[expert]) for p in ("rank", "u_start", "v_start"))
-    delta = (
-        getattr(experts, f"{projection}_delta_u")[u : u + rank].T
-        @ getattr(experts, f"{projection}_delta_v")[v : v + rank]
-    )
+    delta = getattr(experts, f"{projection}_delta_u")[u : u + rank].T @ getattr(experts, f"{projection}_delta_v")[v : v + rank]
     rows = {"gate": slice(0, INTER), "up": slice(INTER, 2 * INTER)}.get(projection, slice(None))
     return weight[rows] + delta.double()
 

@@ -64,9 +64,7 @@ def test_a_plain_checkpoint_compressed_in_memory_saves_and_loads(family, tmp_pat
     compressed = compressed_model(family)
     for view, experts in zip(find_experts(model), compressed_modules(compressed).values(), strict=True):
         view.replace(experts)
-    hf.mark_compressed(
-        model, {n: m.spec for n, m in compressed_modules(model).items()}, {"ratio": 0.4, "merge": "mean"}
-    )
+    hf.mark_compressed(model, {n: m.spec for n, m in compressed_modules(model).items()}, {"ratio": 0.4, "merge": "mean"})
     model.save_pretrained(tmp_path / "first")
     loaded = load(tmp_path / "first")
     assert_close(logits(loaded), expected)
@@ -248,9 +246,7 @@ def test_a_config_for_another_model_is_refused_on_load(tmp_path):
     layers = config["quantization_config"]["layers"]
     layers["model.layers.7.mlp.experts"] = layers["model.layers.1.mlp.experts"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"must have the experts 'model\.layers\.7\.mlp\.experts' .* got \['model\.layers\.0"
-    ):
+    with pytest.raises(ValueError, match=r"must have the experts 'model\.layers\.7\.mlp\.experts' .* got \['model\.layers\.0"):
         load(tmp_path)
     del layers["model.layers.7.mlp.experts"]
     config["intermediate_size"] = 26

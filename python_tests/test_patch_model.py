@@ -149,18 +149,14 @@ def test_refusals_are_one_sentence(tmp_path):
     compressed_model("mixtral").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^patch_model: backend must be 'native' or 'torch', got 'cuda'$"):
         patch_model(tiny_model("mixtral"), backend="cuda")
-    with pytest.raises(
-        ValueError, match=r"^unpatch_model: the model must be patched, got an unpatched MixtralForCausalLM$"
-    ):
+    with pytest.raises(ValueError, match=r"^unpatch_model: the model must be patched, got an unpatched MixtralForCausalLM$"):
         unpatch_model(tiny_model("mixtral"))
     with pytest.raises(ValueError, match=r"^patch_model: the model must not be patched already"):
         patch_model(patch_model(tiny_model("mixtral")))
     with pytest.raises(ValueError, match="must be plain where a checkpoint is given, got 2 compressed layers"):
         patch_model(compressed_model("mixtral"), tmp_path)
     with pytest.raises(ValueError, match="must have mixture-of-experts layers"):
-        patch_model(
-            LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2))
-        )
+        patch_model(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2)))
     with pytest.raises(ValueError, match=r"must be a compressed checkpoint, got a path without config\.json"):
         patch_model(tiny_model("mixtral"), tmp_path / "nowhere")
 

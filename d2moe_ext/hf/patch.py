@@ -61,8 +61,7 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
     if checkpoint is not None:
         if modules:
             raise ValueError(
-                f"patch_model: the model must be plain where a checkpoint is given, "
-                f"got {len(modules)} compressed layers"
+                f"patch_model: the model must be plain where a checkpoint is given, got {len(modules)} compressed layers"
             )
         patch = _load_layers(model, Path(checkpoint))
     elif modules:
@@ -122,9 +121,7 @@ def _load_layers(model: PreTrainedModel, directory: Path) -> _Patch:
             continue  # a norm after each expert: the plain model's own, which compression leaves alone
         empty = getattr(modules[path], name)
         value = tensor.to(device=devices[path], dtype=empty.dtype, copy=True)
-        setattr(
-            modules[path], name, nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value
-        )
+        setattr(modules[path], name, nn.Parameter(value, requires_grad=False) if isinstance(empty, nn.Parameter) else value)
     for name, module in modules.items():
         module.check_indices(name)
     originals = {name: view.module for name, view in views.items()}

@@ -67,9 +67,7 @@ class D2MoEQuantizer(HfQuantizer):
         install_experts(model, self.quantization_config.compressed_layers().layers)
         self._loading = (model, checkpoint_files)
 
-    def update_weight_conversions(
-        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
-    ) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
         # The model is passed since 5.17 only. This is the first moment at which the names in the files can be told.
         assert self._loading is not None  # preprocess_model comes first
         model, files = self._loading
@@ -136,9 +134,7 @@ def install_experts(model: nn.Module, layers: Mapping[str, ExpertsSpec]) -> None
 
 def expected_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Every tensor that a file must hold for these modules, by its name in the model."""
-    return {
-        f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()
-    }
+    return {f"{path}.{name}": tensor for path, module in modules.items() for name, tensor in module.state_dict().items()}
 
 
 def check_files(
@@ -181,8 +177,7 @@ def mark_compressed(model: PreTrainedModel, specs: dict[str, ExpertsSpec], recor
     modules = compressed_modules(model)
     if {name: module.spec for name, module in modules.items()} != specs:
         raise ValueError(
-            f"mark_compressed: specs must describe the model's compressed experts {sorted(modules)}, "
-            f"got {sorted(specs)}"
+            f"mark_compressed: specs must describe the model's compressed experts {sorted(modules)}, got {sorted(specs)}"
         )
     config = D2MoEConfig(**CompressedLayers(specs, record).to_dict())
     quantizer = D2MoEQuantizer(config, pre_quantized=True)
