@@ -165,6 +165,23 @@ def test_columns_are_kept_by_equation_9():
         assert torch.equal(masked[:, pruned.columns[base].long()], pruned.stored[base])
 
 
+def test_the_column_metric_is_a_product_of_norms_not_of_a_norm_and_an_energy():
+    """Column 0: 3·√1 = 3 against column 1: 1·√4 = 2; with the energy itself column 1 would win."""
+    pruned = prune_columns(torch.tensor([[[3.0, 1.0]]]), torch.tensor([[1.0, 4.0]], dtype=torch.float64), 1)
+    assert pruned.columns.tolist() == [[0]]
+
+
+def test_deltas_are_whitened_with_the_shrunk_grams(calibrated):
+    """The pooled Gram is per token: over all experts' inputs, divided by all their tokens."""
+    model, stats = calibrated
+    compressor = compressor_of(model, stats)
+    layer = compressor.stats
+    pooled = sum(layer.gram_gate_up[e] for e in range(EXPERTS)) / int(layer.tokens.sum())
+    expected = (layer.gram_gate_up[1] + 32 * pooled) / (int(layer.tokens[1]) + 32)
+    torch.testing.assert_close(compressor._gram("gate", 1), expected)
+    torch.testing.assert_close(compressor._gram("down", 1), shrunk_down_gram(layer, 1))
+
+
 def test_shrinkage_is_the_designs(calibrated):
     _, stats = calibrated
     layer = next(iter(stats.layers.values()))

@@ -29,7 +29,7 @@ def compress(
 
     Raises:
         ValueError: before anything is replaced: statistics that do not fit, weights that are not finite, a ratio out of
-            reach (with the range that is not), or a model that is compressed, patched or quantized already.
+            reach (with the range that is within it), or a model that is compressed, patched or quantized already.
         RuntimeError: a Gram matrix that stays indefinite under the largest ridge.
     """
     if getattr(model, "is_quantized", False):
