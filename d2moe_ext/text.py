@@ -73,14 +73,19 @@ def _compiled_docstrings() -> dict[str, str]:
     return found
 
 
-def python_documents(split: Split) -> list[str]:
-    """The documents of one split, in a fixed order.
+def named_documents(split: Split) -> dict[str, str]:
+    """The documents of one split by their names, in a fixed order.
 
     Args:
         split: ``"training"`` (about 90 % of the documents), ``"calibration"`` or ``"heldout"`` (5 % each).
     """
     documents = {**_topics(), **_sources(), **_compiled_docstrings()}
-    return [text for name, text in sorted(documents.items()) if text.strip() and split_of(name) == split]
+    return {name: text for name, text in sorted(documents.items()) if text.strip() and split_of(name) == split}
+
+
+def python_documents(split: Split) -> list[str]:
+    """The documents of :func:`named_documents` without their names."""
+    return list(named_documents(split).values())
 
 
 def python_text(split: Split) -> str:

@@ -1,0 +1,112 @@
+"""``python -m benchmarks.quality``: run parts of the study on a model, or write the document from what was run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from d2moe_ext.cli import BAD_INPUT, INTERRUPTED, UsageError
+from d2moe_ext.cli.common import check_model, check_seqlen, load_config, one_sentence
+
+ROW_FAILED = 1
+DEFAULT_RESULTS = Path(__file__).parent / "results"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def study(
+    model: Annotated[Path | None, typer.Option(help="A model's directory; without it nothing is run.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="USE=FILE, for each of calibration, selection, test and out; FILE may be the word python, and for out also "
+            "the word headers."
+        ),
+    ] = None,
+    part: Annotated[list[str] | None, typer.Option(help="A part of the study; without it, all of them.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="A ratio; without it, each part's own.")] = None,
+    seeds: Annotated[int, typer.Option(help="Draws of the calibration windows.")] = 3,
+    judge: Annotated[Literal["selection", "test"], typer.Option(help="The text that judges.")] = "selection",
+    samples: Annotated[int, typer.Option(help="Calibration windows, drawn at random.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 256,
+    tokens: Annotated[int, typer.Option(help="First tokens of each judging text that are read.")] = 16384,
+    window: Annotated[int, typer.Option(help="Tokens of a judging window.")] = 256,
+    results: Annotated[Path, typer.Option(help="The folder of the rows, one file per model.")] = DEFAULT_RESULTS,
+    write: Annotated[Path | None, typer.Option(help="Write the document, from all rows judged by --judge.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run rows again that failed.")] = False,
+) -> int:
+    """Run parts of the quality study on a model and write the document."""
+    from benchmarks.quality.results import Results
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if model is None and write is None:
+        raise ValueError("--model or --write must be given, got neither.")
+    found, failed = Results(results), 0
+    if model is not None:
+        from benchmarks.quality.methods import all_methods
+        from benchmarks.quality.runner import Laboratory, Sizes, tasks_of
+        from benchmarks.quality.texts import parse_texts
+
+        methods = all_methods()
+        tasks = tasks_of(part, ratio, seeds, methods)
+        sources = parse_texts(text or [])
+        check_model(str(model))
+        for option, length in (("--seqlen", seqlen), ("--window", window)):
+            check_seqlen(option, length, load_config(str(model)))
+        sizes = Sizes(samples, seqlen, tokens, window)
+        laboratory = Laboratory(
+            model, sources, judge, sizes, methods, found, _command(), lambda line: console.print(line, markup=False)
+        )
+        rows = laboratory.run(tasks, retry_failed)
+        failed = sum(row.failure is not None for row in rows)
+        console.print(f"{len(rows)} rows measured, {failed} of them failed.")
+    if write is not None:
+        from benchmarks.quality.document import write_document
+
+        write_document(found, judge, write)
+    return ROW_FAILED if failed else 0
+
+
+def _command() -> str:
+    """The command as it was given, with files outside the current folder by their names alone."""
+    words = ["python", "-m", "benchmarks.quality"]
+    for word in sys.argv[1:]:
+        use, separator, value = word.rpartition("=")
+        words.append(use + separator + _shown(value))
+    return shlex.join(words)
+
+
+def _shown(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute() and ".." not in path.parts:
+        return word
+    resolved = path.resolve()
+    return resolved.relative_to(Path.cwd()).as_posix() if resolved.is_relative_to(Path.cwd()) else resolved.name
+
+
+def main() -> int:
+    """Run the command and return its exit code: 2 and one sentence for bad input, 1 where a row failed."""
+    try:
+        code = app(prog_name="python -m benchmarks.quality", standalone_mode=False)
+    except UsageError as error:
+        return _refuse(error.format_message())  # type: ignore[attr-defined]  # typed as Exception for either click
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"quality: {one_sentence(message)}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Every method by its name: the paper's own pipeline, this package's options, further variants, and the rivals."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.study import FLOAT_BYTES, INDEX_BYTES, Calibration, Method, byte_budget, stored
+from d2moe_ext.budget import plan_compression
+from d2moe_ext.calibration import CalibrationStats, calibrate
+from d2moe_ext.compress import compress_experts
+from d2moe_ext.config import CompressionConfig
+from d2moe_ext.experts import D2MoEExperts
+from d2moe_ext.hf import patch_model
+from d2moe_ext.shapes import model_shapes
+
+# The paper's pipeline: every other method's rise is also shown as a share of its.
+PAPER_OPTIONS: dict[str, Any] = {
+    "base_sparsity": 0.1,
+    "merge": "fisher",
+    "decomposition": "whitened",
+    "ranks": "uniform",
+    "fold": False,
+    "joint_gate_up": False,
+    "num_bases": 1,
+}
+
+
+def package_method(*, version: int = 1, **options: Any) -> Method:
+    """The package's own compression as a method.
+
+    The experts are compressed in float32, then everything is rounded as a bfloat16 file would; dynamic pruning is on and
+    the native operators run the forward.
+
+    Args:
+        version: raised by hand where what the options mean has changed, so that results are measured anew.
+        options: of :class:`d2moe_ext.config.CompressionConfig`, but for the ratio.
+    """
+
+    def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
+        config = _within_budget(model, CompressionConfig(ratio, **options))
+        compress_experts(model, _stats_for(model, calibration, config), config)
+        round_stored(model)
+        patch_model(model)
+        return stored_bytes(model)
+
+    method.version = version  # type: ignore[attr-defined]  # read by method_version
+    return method
+
+
+def paper_method(**changes: Any) -> Method:
+    """The paper's pipeline with some of its options changed."""
+    return package_method(**(PAPER_OPTIONS | changes))
+
+
+def _within_budget(model: PreTrainedModel, config: CompressionConfig) -> CompressionConfig:
+    """``config`` with its ratio raised by what the study counts and the package does not: the second half of an index.
+
+    The package counts parameters, and an index as one of them; the study counts bytes, two per float and four per index.
+    """
+    plan = plan_compression(model_shapes(model), config)
+    extra = sum(layer.index_elements for layer in plan.layers) * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
+    allowed = byte_budget(model, config.ratio) // FLOAT_BYTES - extra
+    # The half keeps the rounding of 1 - ratio from losing a whole parameter.
+    ratio = 1 - (allowed + 0.5) / plan.model.total_parameters
+    return CompressionConfig(**(config.to_dict() | {"ratio": ratio}))
+
+
+def _stats_for(model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
+    """The shared statistics, or, for options that they do not serve, others of the same sequences."""
+    stats = calibration.stats
+    if config.num_bases == stats.num_bases and (config.merge == stats.merge or not config.merge.startswith("fisher")):
+        return stats
+    left_gram = "full" if config.decomposition == "two_sided" else None
+    return calibrate(model, calibration.batches, merge=config.merge, num_bases=config.num_bases, left_gram=left_gram)
+
+
+@torch.no_grad()
+def round_stored(model: nn.Module) -> None:
+    """Round every parameter as a bfloat16 file would, in place; the model stays float32."""
+    for parameter in model.parameters():
+        parameter.copy_(stored(parameter))
+    for module in model.modules():
+        if isinstance(module, D2MoEExperts):
+            module.refresh_column_norms()
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's file without headers, from its own tensors: 2 per float, tied ones once, and 4 per index."""
+    floats = sum(parameter.numel() for parameter in model.parameters())
+    indices = sum(
+        tensor.numel()
+        for module in model.modules()
+        if isinstance(module, D2MoEExperts)
+        for tensor in module.state_dict().values()
+        if tensor.dtype == torch.int32
+    )
+    return FLOAT_BYTES * floats + INDEX_BYTES * indices
+
+
+def _own_methods() -> dict[str, Method]:
+    return {
+        "paper": paper_method(),
+        "default": package_method(),
+        "paper, frequency": paper_method(merge="frequency"),
+        "paper, mean": paper_method(merge="mean"),
+        "paper, n·Fisher": paper_method(merge="fisher_frequency"),
+        "paper, activation-aware": paper_method(decomposition="activation_aware"),
+        "paper, plain": paper_method(decomposition="plain"),
+        "fold": paper_method(fold=True),
+        "fold, joint": paper_method(fold=True, joint_gate_up=True),
+        "fold, joint, two-sided": paper_method(fold=True, joint_gate_up=True, decomposition="two_sided"),
+        "fold, joint, two-sided, global": paper_method(
+            fold=True, joint_gate_up=True, decomposition="two_sided", ranks="global"
+        ),
+        "fold, joint, two-sided, global, 2 bases": paper_method(
+            fold=True, joint_gate_up=True, decomposition="two_sided", ranks="global", num_bases=2
+        ),
+    }
+
+
+def _methods_of(module: str, name: str) -> dict[str, Method]:
+    """The registry ``name`` of ``module``, empty where the checkout has no such module."""
+    if importlib.util.find_spec(module) is None:
+        return {}
+    return getattr(importlib.import_module(module), name)
+
+
+VARIANTS = _methods_of("benchmarks.quality.variants", "VARIANTS")
+BASELINES = _methods_of("benchmarks.baselines", "BASELINES")
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method by name.
+
+    Raises:
+        ValueError: two registries use the same name.
+    """
+    methods: dict[str, Method] = {}
+    for registry in (_own_methods(), VARIANTS, BASELINES):
+        for name, method in registry.items():
+            if name in methods:
+                raise ValueError(f"quality: a method's name must be used once, got {name!r} twice.")
+            methods[name] = method
+    return methods
