@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from d2moe_ext.cli import BAD_INPUT, INTERRUPTED, UsageError
-from d2moe_ext.cli.common import check_model, check_seqlen, load_config, one_sentence
+from d2moe_ext.cli.common import check_seqlen, load_config, one_sentence
 
 ROW_FAILED = 1
 DEFAULT_RESULTS = Path(__file__).parent / "results"
@@ -42,24 +42,24 @@ def study(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run rows again that failed.")] = False,
 ) -> int:
     """Run parts of the quality study on a model and write the document."""
-    from benchmarks.quality.results import Results
+    from benchmarks.quality.methods import all_methods
+    from benchmarks.quality.results import Results, Sizes
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if model is None and write is None:
         raise ValueError("--model or --write must be given, got neither.")
-    found, failed = Results(results), 0
+    found, failed, methods = Results(results), 0, all_methods()
+    sizes = Sizes(samples, seqlen, tokens, window)
     if model is not None:
-        from benchmarks.quality.methods import all_methods
-        from benchmarks.quality.runner import Laboratory, Sizes, tasks_of
+        from benchmarks.quality.runner import Laboratory, tasks_of
         from benchmarks.quality.texts import parse_texts
 
-        methods = all_methods()
         tasks = tasks_of(part, ratio, seeds, methods)
         sources = parse_texts(text or [])
-        check_model(str(model))
+        if not (model / "config.json").is_file():
+            raise ValueError(f"--model must be a directory with a config.json, got {str(model)!r}.")
         for option, length in (("--seqlen", seqlen), ("--window", window)):
             check_seqlen(option, length, load_config(str(model)))
-        sizes = Sizes(samples, seqlen, tokens, window)
         laboratory = Laboratory(
             model, sources, judge, sizes, methods, found, _command(), lambda line: console.print(line, markup=False)
         )
@@ -69,7 +69,7 @@ def study(
     if write is not None:
         from benchmarks.quality.document import write_document
 
-        write_document(found, judge, write)
+        write_document(found, judge, sizes, methods, write)
     return ROW_FAILED if failed else 0
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from benchmarks.quality.methods import BASELINES
+from benchmarks.quality.remarks import ahead_of_default, lowest, steps
 from benchmarks.quality.results import Source
+
+if TYPE_CHECKING:
+    from benchmarks.quality.summary import Summary
 
 ALL_RATIOS = (0.4, 0.5, 0.6, 0.7, 0.75)
 TWO_RATIOS = (0.4, 0.6)
@@ -41,12 +47,14 @@ class Part:
         source: what of the paper it follows, or why it is there.
         lines: its methods.
         ratios: what it runs at unless the command says otherwise.
+        text: makes the sentences below its tables from the results, the lines and the ratios that were run.
     """
 
     title: str
     source: str
     lines: tuple[Line, ...]
     ratios: tuple[float, ...]
+    text: Callable[[Summary, Sequence[Line], Sequence[float]], list[str]] = lowest
 
 
 def _lines(*methods: str) -> tuple[Line, ...]:
@@ -97,11 +105,13 @@ PARTS: dict[str, Part] = {
             "fold, joint, two-sided, global, 2 bases",
         ),
         ALL_RATIOS,
+        steps,
     ),
     "rivals": Part(
         "Other ways to make a model smaller",
         "Each written anew from its paper, on the same calibration text and at the same stored bytes.",
         _lines("paper", "default", *BASELINES),
         ALL_RATIOS,
+        ahead_of_default,
     ),
 }

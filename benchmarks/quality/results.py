@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 UNCOMPRESSED = "uncompressed"
 Source = Literal["calibration", "out"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is read: calibration windows of ``seqlen`` tokens, and the judging texts' first ``tokens`` in windows."""
+
+    samples: int = 64
+    seqlen: int = 256
+    tokens: int = 16384
+    window: int = 256
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,3 @@ class Results:
 
     def judged_by(self, judge: str) -> list[Row]:
         return [row for row in self.rows.values() if row.key.judge == judge]
-
-
-def models_of(rows: Iterable[Row]) -> list[str]:
-    """The models' names, in alphabetical order."""
-    return sorted({row.key.model for row in rows})

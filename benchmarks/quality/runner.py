@@ -20,7 +20,7 @@ import d2moe_ext
 from benchmarks.quality.machine import describe_machine, peak_growth
 from benchmarks.quality.methods import round_stored
 from benchmarks.quality.parts import PARTS, Line
-from benchmarks.quality.results import UNCOMPRESSED, Key, Results, Row, Source
+from benchmarks.quality.results import UNCOMPRESSED, Key, Results, Row, Sizes, Source
 from benchmarks.quality.texts import Text, Use, domain_text, outside_text
 from benchmarks.study import FLOAT_BYTES, Calibration, Method, byte_budget, capture_inputs, method_version, model_parameters
 from d2moe_ext.adapters import find_experts
@@ -30,16 +30,6 @@ from d2moe_ext.evaluate import perplexity
 
 CALIBRATION_BATCH = 8
 EVALUATION_BATCH = 8
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is read: calibration windows of ``seqlen`` tokens, and the judging texts' first ``tokens`` in windows."""
-
-    samples: int = 64
-    seqlen: int = 256
-    tokens: int = 16384
-    window: int = 256
 
 
 @dataclass(frozen=True)
