@@ -39,6 +39,7 @@ def study(
     window: Annotated[int, typer.Option(help="Tokens of a judging window.")] = 256,
     results: Annotated[Path, typer.Option(help="The folder of the rows, one file per model.")] = DEFAULT_RESULTS,
     write: Annotated[Path | None, typer.Option(help="Write the document, from all rows judged by --judge.")] = None,
+    figures: Annotated[bool, typer.Option("--figures", help="Also measure what the figures show.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run rows again that failed.")] = False,
 ) -> int:
     """Run parts of the quality study on a model and write the document."""
@@ -64,6 +65,10 @@ def study(
             model, sources, judge, sizes, methods, found, _command(), lambda line: console.print(line, markup=False)
         )
         rows = laboratory.run(tasks, retry_failed)
+        if figures:
+            from benchmarks.quality.diagnostics import write_diagnostics
+
+            write_diagnostics(laboratory, results)
         failed = sum(row.failure is not None for row in rows)
         console.print(f"{len(rows)} rows measured, {failed} of them failed.")
     if write is not None:

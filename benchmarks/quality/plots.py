@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogFormatter
 
 from benchmarks.quality.methods import BASELINES
 from benchmarks.quality.parts import Line
@@ -61,7 +61,8 @@ def _draw(axes: Axes, summary: Summary, model: str, lines: list[Line], domain: s
                 capsize=3,
             )
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 0.05, not a power of ten
     axes.set_title(f"{model}, {_TITLES[domain]}")
     axes.set_xlabel("parameters removed, share of the whole model")
     axes.set_ylabel("rise in log-perplexity")
