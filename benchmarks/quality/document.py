@@ -46,8 +46,8 @@ From above: linear CKA between the experts of a layer, hidden channels as sample
 keeps of experts, Fisher-merged base and deltas, mean over layers and experts, plain and whitened (Figure 2); CKA between the
 factors of the experts' deltas, U with outputs and V with inputs as samples, at rank {ranks["gate_up"]} for gate and up together
 and {ranks["down"]} for down (Figure 5); the rise in log-perplexity on the {record["judge"]} text where only one layer's experts
-are those of the paper's pipeline at ratio {record["ratio"]} (Figure 6). Calibration of seed 0. The table gives means over pairs of
-different experts."""
+are those of the paper's pipeline at ratio {record["ratio"]} (Figure 6). Calibration of seed 0. The table gives means over
+pairs of different experts."""
 
 
 def _image(file: Path, page: Path) -> str:
@@ -220,6 +220,7 @@ def _costs(summary: Summary) -> str:
             lines.append(cells)
     text = (
         "Compression alone, mean over ratios and seeds, without the calibration that all methods share; methods that need "
-        "other statistics take them within these seconds. Memory is how far the process's resident memory rose at its peak."
+        "other statistics take them once per seed, within these seconds. Memory is how far "
+        "the process's resident memory rose at its peak."
     )
     return f"## What compression costs\n\n{text}\n\n{_table(head, lines)}"

@@ -71,13 +71,31 @@ def _within_budget(model: PreTrainedModel, config: CompressionConfig) -> Compres
     return CompressionConfig(**(config.to_dict() | {"ratio": ratio}))
 
 
+class _OtherStats:
+    """Statistics of the shared sequences for options that the shared ones do not serve, kept for the next ratio."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Calibration, tuple[object, ...], CalibrationStats] | None = None
+
+    def take(self, model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
+        left_gram = "full" if config.decomposition == "two_sided" else None
+        options = (config.merge, config.num_bases, left_gram)
+        if self.kept is None or self.kept[0] is not calibration or self.kept[1] != options:
+            self.kept = None  # these are the largest tensors of a study: never two sets of them
+            stats = calibrate(model, calibration.batches, merge=config.merge, num_bases=config.num_bases, left_gram=left_gram)
+            self.kept = (calibration, options, stats)
+        return self.kept[2]
+
+
+_OTHER_STATS = _OtherStats()
+
+
 def _stats_for(model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
-    """The shared statistics, or, for options that they do not serve, others of the same sequences."""
+    """The shared statistics, or others of the same sequences."""
     stats = calibration.stats
     if config.num_bases == stats.num_bases and (config.merge == stats.merge or not config.merge.startswith("fisher")):
         return stats
-    left_gram = "full" if config.decomposition == "two_sided" else None
-    return calibrate(model, calibration.batches, merge=config.merge, num_bases=config.num_bases, left_gram=left_gram)
+    return _OTHER_STATS.take(model, calibration, config)
 
 
 @torch.no_grad()

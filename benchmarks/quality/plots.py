@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -47,9 +48,11 @@ def _best_rivals(summary: Summary, model: str) -> list[Line]:
 
 
 def _draw(axes: Axes, summary: Summary, model: str, lines: list[Line], domain: str) -> None:
+    lowest = math.inf
     for line, colour, marker in zip(lines, _COLOURS, _MARKERS, strict=False):
         found = [(r, rise) for r in summary.ratios_of([line]) if (rise := summary.rise(model, line, r, domain))]
         if found:
+            lowest = min(lowest, *(rise.value for _, rise in found))
             axes.errorbar(
                 [ratio for ratio, _ in found],
                 [rise.value for _, rise in found],
@@ -60,9 +63,11 @@ def _draw(axes: Axes, summary: Summary, model: str, lines: list[Line], domain: s
                 markersize=4,
                 capsize=3,
             )
-    axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 0.05, not a power of ten
+    # A method that lowers the perplexity has no place on a logarithmic axis.
+    if 0 < lowest < math.inf:
+        axes.set_yscale("log")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 0.05, not a power of ten
     axes.set_title(f"{model}, {_TITLES[domain]}")
     axes.set_xlabel("parameters removed, share of the whole model")
     axes.set_ylabel("rise in log-perplexity")

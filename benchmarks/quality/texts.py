@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -97,7 +98,12 @@ def _python(use: Use) -> str:
     if use == "calibration":
         return python_text("calibration")
     half = USES.index(use) - 1
-    return "\n\n".join(text for name, text in named_documents("heldout").items() if _bit(name) == half)
+    return "\n\n".join(text for name, text in _heldout().items() if _bit(name) == half)
+
+
+@lru_cache(maxsize=1)
+def _heldout() -> dict[str, str]:
+    return named_documents("heldout")
 
 
 def _bit(name: str) -> int:
