@@ -14,11 +14,18 @@ PYTHON_FILES := d2moe_ext python_tests examples setup.py $(wildcard benchmarks)
 OLDEST := .venv-oldest
 OLDEST_SOURCES := build/oldest
 
-.PHONY: demo test test-matrix lint format build clean
+# What the quality study is judged by; `make quality JUDGE=test` once options are chosen.
+JUDGE ?= selection
+
+.PHONY: demo quality test test-matrix lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
 	$(BIN)/d2moe demo
+
+quality: build
+	$(BIN)/python -m benchmarks.quality --model examples/pydoc_moe --text calibration=python --text selection=python \
+		--text test=python --text out=headers --judge $(JUDGE) --figures --results build/quality/results --write build/quality/quality.md
 
 test: build
 	$(BIN)/python -m pytest --cov=d2moe_ext --cov-report=term:skip-covered --cov-fail-under=90

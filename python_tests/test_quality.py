@@ -33,8 +33,6 @@ from d2moe_ext.compress import compress_experts
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.evaluate import compressed_experts, prunes_dynamically
 
-PAPER = CompressionConfig(0.5, base_sparsity=0.1, fold=False)
-
 
 @pytest.fixture(scope="module")
 def model(tiny_directory):

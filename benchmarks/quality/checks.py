@@ -91,4 +91,5 @@ SHARES = (
 
 def all_verdicts(summary: Summary) -> list[Verdict]:
     """Every claim on every model, in a fixed order."""
-    return [verdict for check in (*SHARES, *ORDERS) for verdict in check.verdicts(summary)]
+    checks: tuple[Share | Order, ...] = (*SHARES, *ORDERS)
+    return [verdict for check in checks for verdict in check.verdicts(summary)]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.study import FLOAT_BYTES, INDEX_BYTES, Calibration, Method, byte_budget, stored
 from d2moe_ext.budget import plan_compression
-from d2moe_ext.calibration import CalibrationStats, calibrate
+from d2moe_ext.calibration import CalibrationStats, LeftGram, calibrate
 from d2moe_ext.compress import compress_experts
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.experts import D2MoEExperts
@@ -78,7 +78,7 @@ class _OtherStats:
         self.kept: tuple[Calibration, tuple[object, ...], CalibrationStats] | None = None
 
     def take(self, model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
-        left_gram = "full" if config.decomposition == "two_sided" else None
+        left_gram: LeftGram | None = "full" if config.decomposition == "two_sided" else None
         options = (config.merge, config.num_bases, left_gram)
         if self.kept is None or self.kept[0] is not calibration or self.kept[1] != options:
             self.kept = None  # these are the largest tensors of a study: never two sets of them

@@ -202,7 +202,7 @@ class Laboratory:
             package=d2moe_ext.__version__,
             torch=torch.__version__,
             machine=describe_machine(),
-            **(unknown | outcome),  # type: ignore[arg-type]  # the names are Row's
+            **(unknown | outcome),
         )
 
     def _keep(self, row: Row) -> Row:
