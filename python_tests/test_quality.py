@@ -265,7 +265,8 @@ def test_another_version_judge_or_number_of_samples_is_another_row(small_directo
     method = Counted()
     laboratory = quality_helpers.laboratory(small_directory, tmp_path, {"method": method})
     laboratory.run(tasks("method"))
-    laboratory.run([Task(Line("method", samples=2), 0.5, 0), Task(Line("method", source="out"), 0.5, 0)])
+    other = laboratory.run([Task(Line("method", samples=2), 0.5, 0), Task(Line("method", source="out"), 0.5, 0)])
+    assert {(row.key.samples, row.key.source) for row in other} == {(2, "calibration"), (4, "out")}
     assert len(method.calls) == 3
     method.version = 2
     assert method_version(method) == 2

@@ -156,6 +156,8 @@ def test_the_page_is_the_same_whatever_the_rows_order(tmp_path, monkeypatch):
         page = tmp_path / str(number) / "page.md"
         write_document(results_of(tmp_path / f"rows{number}", shuffled), "selection", SIZES, METHODS, page)
         pages.append((page.read_bytes(), (page.parent / "page" / "rise_alpha.png").read_bytes()))
+        summary = Summary(Results(tmp_path / f"rows{number}"), "selection", SIZES, METHODS)
+        assert [entry.key.seed for entry in summary.rows_of("alpha", Line("paper"), 0.6)] == [0, 1, 2]
     assert pages[0] == pages[1]
     assert b"![rise alpha](page/rise_alpha.png)" in pages[0][0]
 
@@ -302,6 +304,9 @@ def test_diagnostics_are_kept_drawn_and_right(tiny_directory, tmp_path):
     assert layer["gate_up"]["energy"]["base"]["plain"][50] == pytest.approx(
         (sigma[:32] ** 2).sum() / (sigma**2).sum(), rel=1e-4
     )
+    sigma = np.linalg.svd(weights - base, compute_uv=False)
+    kept = (sigma[:, :32] ** 2).sum(1) / (sigma**2).sum(1)
+    assert layer["gate_up"]["energy"]["deltas"]["plain"][50] == pytest.approx(kept.mean(), rel=1e-4)
     for group in ("gate_up", "down"):
         for curves in layer[group]["energy"].values():
             for values in curves.values():
