@@ -17,6 +17,10 @@ INDEX_BYTES = 4
 HEADER_BYTES_PER_TENSOR = 118
 # The rounded total may stay below the target by this share and never exceeds it.
 LANDING_SHARE = 0.005
+# With more than this share of the experts' budget in bases, columns were worth less than the ranks they cost; from 0.3 to
+# 0.45 the two models of docs/quality.md differ little ("How much of the budget the bases take").
+BASE_SHARE = 0.4
+SPARSITIES = tuple(step / 20 for step in range(20))
 
 
 @dataclass(frozen=True)
@@ -214,8 +218,11 @@ class CompressionPlan:
         }
 
 
-def kept_columns(columns: int, sparsity: float) -> tuple[int, int]:
-    """Columns left by static pruning, and by dynamic pruning after it (paper, Algorithm 3)."""
+def kept_columns(columns: int, sparsity: float, dynamic: bool = True) -> tuple[int, int]:
+    """Columns left by static pruning, and by dynamic pruning after it (paper, Algorithm 3); without it, both the same."""
+    if not dynamic:
+        kept = columns - int(columns * sparsity)
+        return kept, kept
     pruned = int(columns * sparsity * 0.5)
     return columns - pruned, columns - 2 * pruned
 
@@ -231,8 +238,9 @@ def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
         raise ValueError(
             f"num_bases must be at most the number of experts of {shapes.name} ({shapes.num_experts}), got {config.num_bases}."
         )
-    gate_up_kept, gate_up_keep = kept_columns(shapes.hidden_size, config.sparsity)
-    down_kept, down_keep = kept_columns(shapes.intermediate_size, config.sparsity)
+    assert config.base_sparsity is not None  # plan_compression settles it
+    gate_up_kept, gate_up_keep = kept_columns(shapes.hidden_size, config.base_sparsity, config.dynamic_pruning)
+    down_kept, down_keep = kept_columns(shapes.intermediate_size, config.base_sparsity, config.dynamic_pruning)
     return LayerPlan(
         shapes=shapes,
         num_bases=config.num_bases,
@@ -243,6 +251,19 @@ def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
         ranks={name: [0] * shapes.num_experts for name in shapes.delta_shapes(config.joint_gate_up)},
         joint=config.joint_gate_up,
     )
+
+
+def base_sparsity(model: ModelShapes, config: CompressionConfig) -> float:
+    """The share of the base's columns to prune: the configuration's, or where it leaves the choice, the least with which
+    the bases take at most BASE_SHARE of the parameters that the ratio leaves to the experts."""
+    if config.base_sparsity is not None:
+        return config.base_sparsity
+    left = (1 - config.ratio) * model.total_parameters - model.other_parameters
+    for sparsity in SPARSITIES:
+        bare = [without_deltas(shapes, replace(config, base_sparsity=sparsity)) for shapes in model.layers]
+        if sum(layer.base_parameters(config.count) for layer in bare) <= BASE_SHARE * left:
+            return sparsity
+    return SPARSITIES[-1]
 
 
 def delta_budget(model: ModelShapes, config: CompressionConfig, bare: Sequence[LayerPlan]) -> int:
@@ -256,7 +277,7 @@ def delta_budget(model: ModelShapes, config: CompressionConfig, bare: Sequence[L
     if budget < 0:
         reachable = 1 - least / model.total_parameters
         raise ValueError(
-            f"ratio must lie between 0 and {max(reachable, 0):.4f} for this model at base sparsity {config.sparsity} "
+            f"ratio must lie between 0 and {max(reachable, 0):.4f} for this model at base sparsity {config.base_sparsity:g} "
             f"and num_bases {config.num_bases}, counted as {config.count!r}, got {config.ratio}."
         )
     return budget
@@ -275,6 +296,7 @@ def plan_compression(
     Raises:
         ValueError: the ratio cannot be reached, or a layer has fewer experts than bases.
     """
+    config = replace(config, base_sparsity=base_sparsity(model, config))
     bare = [without_deltas(shapes, config) for shapes in model.layers]
     budget = delta_budget(model, config, bare)
     elements = sum(layer.shapes.weight_parameters for layer in bare)

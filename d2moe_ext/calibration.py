@@ -315,9 +315,9 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    merge: Merge = "fisher",
+    merge: Merge = "frequency",
     num_bases: int = 1,
-    left_gram: LeftGram | None = None,
+    left_gram: LeftGram | None = "diagonal",
     offload_folder: Path | str | None = None,
     progress: Progress | None = None,
 ) -> CalibrationStats:
@@ -326,10 +326,11 @@ def calibrate(
     Args:
         model: a causal language model with MoE layers, uncompressed.
         batches: each a ``[B, L]`` tensor of token ids, or a mapping with ``input_ids`` and ``attention_mask``.
-        merge: the merge they are for. ``fisher`` and ``fisher_frequency`` need a backward pass per sequence; statistics
+        merge: the merge they are for. ``fisher`` and ``fisher_frequency`` keep two sums as large as a base; statistics
             taken for either also serve ``frequency`` and ``mean``.
         num_bases: bases per projection; experts are clustered by their weights.
-        left_gram: what ``decomposition="two_sided"`` needs: Gram matrices of the loss gradients, ``full`` or ``diagonal``.
+        left_gram: what ``decomposition="two_sided"`` needs: Gram matrices of the loss gradients, ``full`` or ``diagonal``;
+            ``None`` for other decompositions. Without it and without Fisher there is no backward pass.
         offload_folder: an empty or new folder for the large sums, ``8·E·(H² + I²)`` bytes a layer and more, as
             memory-mapped files; they must stay until the model is compressed. CPU only.
         progress: called with a stage's name, what is done and the total.

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from d2moe_ext import ops
 from d2moe_ext.adapters import ExpertsView, find_experts
+from d2moe_ext.alternation import ExpertTarget, base_error, refit_base
 from d2moe_ext.budget import CompressionPlan, LayerPlan, plan_compression
 from d2moe_ext.calibration import CalibrationStats, LayerStats, Progress
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.experts import D2MoEExperts, DeltaSpec, ExpertsSpec, GroupSpec
 from d2moe_ext.global_ranks import choose_global_ranks
 from d2moe_ext.merge import PrunedBase, shared_bases
+from d2moe_ext.reference.whitened_svd import ridged_gram
 from d2moe_ext.shapes import model_shapes
 
 # Tokens' worth of the shrinkage target mixed into an expert's Gram (design section 2.5).
@@ -29,6 +31,7 @@ SHRINKAGE_TOKENS = 32
 STACK_BYTES = 2**30
 # The ridge that whitened_svd starts from; a larger one in a report means that Cholesky had failed.
 RIDGE = 1e-6
+LEFT_RIDGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,15 @@ class DeltaReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What a compression did: the plan it followed and, per layer and projection, what truncation left out."""
+    """What a compression did: the plan it followed and, per layer and projection, what truncation left out.
+
+    ``alternation_errors``: the model's error in the metric of its deltas after each refit of its bases, ranks unchanged.
+    """
 
     plan: CompressionPlan
     deltas: dict[str, dict[str, DeltaReport]]
     specs: dict[str, ExpertsSpec]
+    alternation_errors: list[float]
 
     @property
     def raised_ridges(self) -> list[tuple[str, str, int, float]]:
@@ -69,7 +76,12 @@ class CompressionReport:
             layer: {name: {"relative_error": d.relative_error, "ridge": d.ridge} for name, d in deltas.items()}
             for layer, deltas in self.deltas.items()
         }
-        return {"config": self.plan.config.to_dict(), "plan": self.plan.to_dict(), "deltas": errors}
+        return {
+            "config": self.plan.config.to_dict(),
+            "plan": self.plan.to_dict(),
+            "deltas": errors,
+            "alternation_errors": self.alternation_errors,
+        }
 
 
 def shrunk_gate_up_gram(stats: LayerStats, pooled: Tensor, expert: int) -> Tensor:
@@ -137,7 +149,7 @@ class _LayerCompressor:
             gram = torch.stack([self._gram(name, expert) for expert in experts])
         if decomposition == "two_sided":
             left_gram = torch.stack([self._left_gram(name, expert) for expert in experts])
-        return ops.whitened_svd(delta, rank, gram, left_gram, RIDGE)
+        return ops.whitened_svd(delta, rank, gram, left_gram, RIDGE, LEFT_RIDGE)
 
     def _stacks(self, name: str) -> list[list[int]]:
         """The experts in stacks: together they keep every core busy, and a stack's copies stay within STACK_BYTES."""
@@ -148,32 +160,88 @@ class _LayerCompressor:
 
     @torch.no_grad()
     def savings(self, name: str) -> list[np.ndarray]:
-        """Per expert ``σ_i²/n[e]`` for the choice of global ranks, estimating the loss each step saves.
+        """Per expert ``σ_i²`` for the choice of global ranks, estimating the loss each step saves.
 
-        The Gram here is per token with τ tokens of shrinkage, so σ² is scaled back by (n + τ) first. What no token
-        reached has no gradient and saves nothing.
+        The right Gram is per token (shrunk) and the left one a sum over tokens, so that ``σ²`` estimates
+        ``Σ_t (δᵀΔx)²``. What no token reached has no gradient and saves nothing.
         """
         values = []
         for stack in self._stacks(name):
             for expert, sigma in zip(stack, self.decompose(name, stack, 0)[2].cpu().numpy(), strict=True):
-                tokens = int(self.stats.tokens[expert])
-                values.append(sigma**2 * (tokens + SHRINKAGE_TOKENS) / tokens if tokens else np.zeros_like(sigma))
+                values.append(sigma**2 if int(self.stats.tokens[expert]) else np.zeros_like(sigma))
         return values
 
-    def factor(self, name: str) -> tuple[Tensor, Tensor, DeltaReport]:
-        """A projection's factors over all experts, ``[R, out]`` and ``[R, in]``, in the order of the experts."""
-        rows_u, rows_v, errors, ridges = [], [], [], []
+    def _factors(self, name: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """Per expert: its number, ``u [out, r]``, ``v [r, in]`` at its planned rank, all singular values, the ridge."""
         ranks = self.plan.ranks[name]
         for stack in self._stacks(name):
             parts = self.decompose(name, stack, max(ranks[expert] for expert in stack))
             for expert, u, v, sigma, ridge in zip(stack, *parts, strict=True):
-                rank = ranks[expert]  # the factors are nested in rank
-                rows_u.append(u[:, :rank].T)
-                rows_v.append(v[:rank])
-                energy = float(sigma.square().sum())
-                errors.append((float(sigma[rank:].square().sum()) / energy) ** 0.5 if energy else 0.0)
-                ridges.append(float(ridge))
+                yield expert, u[:, : ranks[expert]], v[: ranks[expert]], sigma, ridge  # the factors are nested in rank
+
+    def factor(self, name: str) -> tuple[Tensor, Tensor, DeltaReport]:
+        """A projection's factors over all experts, ``[R, out]`` and ``[R, in]``, in the order of the experts."""
+        rows_u, rows_v, errors, ridges = [], [], [], []
+        for _, u, v, sigma, ridge in self._factors(name):
+            rows_u.append(u.T)
+            rows_v.append(v)
+            energy = float(sigma.square().sum())
+            errors.append((float(sigma[len(v) :].square().sum()) / energy) ** 0.5 if energy else 0.0)
+            ridges.append(float(ridge))
         return torch.cat(rows_u), torch.cat(rows_v), DeltaReport(errors, ridges)
+
+    def _targets(self, group: str) -> list[ExpertTarget]:
+        """Per expert what it asks of its base: its weight less its truncated delta, in the metric of the deltas' SVD."""
+        weight = self.view.down_weight if group == "down" else self.view.gate_up_weight
+        experts = range(self.view.layout.num_experts)
+        targets = [weight(expert).double() for expert in experts]
+        rows, inputs = targets[0].shape
+        for name in self.plan.ranks:
+            if (name == "down") == (group == "down"):
+                for expert, u, v, _, _ in self._factors(name):
+                    targets[expert] = targets[expert].clone()
+                    targets[expert][delta_rows(name, rows)] -= u @ v
+        name = "down" if group == "down" else "gate_up"
+        plain = self.config.decomposition == "plain"
+        grams = (None if plain else self._gram(name, expert) for expert in experts)
+        return [
+            ExpertTarget(target, ridged_gram(gram, inputs, RIDGE, target), self._left_weights(group, expert, rows))
+            for expert, (target, gram) in enumerate(zip(targets, grams, strict=True))
+        ]
+
+    def _left_weights(self, group: str, expert: int, rows: int) -> Tensor:
+        """``B[e]`` of the base's step, ridged as in the deltas' SVD; without a left Gram the number of tokens."""
+        tokens = float(self.stats.tokens[expert])
+        if self.config.decomposition != "two_sided" or not tokens:
+            return torch.full((rows,), tokens, dtype=torch.float64, device=self.stats.tokens.device)
+        left = self.stats.left_gram[group][expert]
+        ridged = ridged_gram(left, rows, LEFT_RIDGE, left)
+        if left.dim() == 1:
+            return ridged.diagonal()
+        for one, other in (("gate", "up"), ("up", "gate")):
+            if one in self.plan.ranks and other in self.plan.ranks:  # decomposed apart: no term crosses them
+                ridged[delta_rows(one, rows), delta_rows(other, rows)] = 0
+        return ridged
+
+    @torch.no_grad()
+    def alternate(self) -> float:
+        """Refit the bases to the deltas truncated at the planned ranks; returns the layer's error in their metric."""
+        error = 0.0
+        for group, pruned in self.bases.items():
+            targets = self._targets(group)
+            full = pruned.full.clone()
+            for base in range(len(full)):
+                experts = [target for e, target in enumerate(targets) if int(self.stats.expert_to_base[e]) == base]
+                refitted = refit_base(pruned.masked(base).double(), experts, pruned.columns[base])
+                error += base_error(refitted, experts)
+                full[base] = refitted.to(full.dtype)
+            self.bases[group] = PrunedBase(full, pruned.columns)
+        return error
+
+    def round_bases(self) -> None:
+        """Round the bases to the dtype they are stored in, so that the deltas also repair what that loses."""
+        dtype = self.view.down_weight(0).dtype
+        self.bases = {g: PrunedBase(p.full.to(dtype).float(), p.columns) for g, p in self.bases.items()}
 
     def spec(self) -> ExpertsSpec:
         plan = self.plan
@@ -236,11 +304,6 @@ def _check(views: list[ExpertsView], stats: CalibrationStats, config: Compressio
                     )
 
 
-def _compressors(views: list[ExpertsView], stats: CalibrationStats, plan: CompressionPlan) -> Iterator[_LayerCompressor]:
-    for view, layer in zip(views, plan.layers, strict=True):
-        yield _LayerCompressor(view, stats.layers[view.name], plan.config, layer)
-
-
 @torch.no_grad()
 def compress_experts(
     model: nn.Module, stats: CalibrationStats, config: CompressionConfig, progress: Progress | None = None
@@ -260,16 +323,45 @@ def compress_experts(
     tokens = [stats.layers[view.name].tokens.tolist() for view in views]
     plan = plan_compression(model_shapes(model), config, tokens)
     report = progress or (lambda stage, done, total: None)
-    if config.ranks == "global":
-        savings = []
-        for done, compressor in enumerate(_compressors(views, stats, plan), 1):
-            savings.append({name: compressor.savings(name) for name in compressor.plan.ranks})
-            report("Singular values", done, len(views))
-        plan = choose_global_ranks(plan, savings)
+    compressors = [
+        _LayerCompressor(view, stats.layers[view.name], config, layer) for view, layer in zip(views, plan.layers, strict=True)
+    ]
+    errors = []
+    if config.alternations:
+        plan = _ranked(plan, compressors, report, "Singular values")
+        for step in range(config.alternations):
+            errors.append(_alternated(compressors, report, f"Alternation {step + 1}"))
+    for compressor in compressors:
+        compressor.round_bases()
+    plan = _ranked(plan, compressors, report, "Singular values, once more" if errors else "Singular values")
     deltas, specs = {}, {}
-    for done, compressor in enumerate(_compressors(views, stats, plan), 1):
+    for done, compressor in enumerate(compressors, 1):
         experts, deltas[compressor.view.name] = compressor.run()
         specs[compressor.view.name] = experts.spec
         compressor.view.replace(experts)
+        compressors[done - 1].bases.clear()
         report("Compressing layers", done, len(views))
-    return CompressionReport(plan, deltas, specs)
+    return CompressionReport(plan, deltas, specs, errors)
+
+
+def _ranked(
+    plan: CompressionPlan, compressors: list[_LayerCompressor], report: Progress, stage: str
+) -> CompressionPlan:
+    """The plan with its ranks chosen for the bases as they stand, and every compressor told."""
+    if plan.config.ranks == "global":
+        savings = []
+        for done, compressor in enumerate(compressors, 1):
+            savings.append({name: compressor.savings(name) for name in compressor.plan.ranks})
+            report(stage, done, len(compressors))
+        plan = choose_global_ranks(plan, savings)
+    for compressor, layer in zip(compressors, plan.layers, strict=True):
+        compressor.plan = layer
+    return plan
+
+
+def _alternated(compressors: list[_LayerCompressor], report: Progress, stage: str) -> float:
+    total = 0.0
+    for done, compressor in enumerate(compressors, 1):
+        total += compressor.alternate()
+        report(stage, done, len(compressors))
+    return total

@@ -5,14 +5,37 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Preset = Literal["performance", "throughput"]
+Preset = Literal["quality", "performance", "throughput"]
 Count = Literal["stored", "paper"]
 Merge = Literal["fisher", "fisher_frequency", "frequency", "mean"]
 Decomposition = Literal["whitened", "two_sided", "activation_aware", "plain"]
 Ranks = Literal["uniform", "global"]
 
-# Paper, Table 12: the share of the base's columns that each preset prunes, half statically, half per batch.
-PRESET_BASE_SPARSITY: dict[str, float] = {"performance": 0.1, "throughput": 0.6}
+# The paper's pipeline; its Table 12 gives the share of the base's columns that each of its presets prunes.
+_PAPER: dict[str, Any] = {
+    "merge": "fisher",
+    "decomposition": "whitened",
+    "ranks": "uniform",
+    "fold": False,
+    "joint_gate_up": False,
+    "alternations": 0,
+    "dynamic_pruning": True,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    # What lost least at equal bytes (docs/quality.md).
+    "quality": {
+        "base_sparsity": None,
+        "merge": "frequency",
+        "decomposition": "two_sided",
+        "ranks": "global",
+        "fold": True,
+        "joint_gate_up": True,
+        "alternations": 3,
+        "dynamic_pruning": False,
+    },
+    "performance": {"base_sparsity": 0.1, **_PAPER},
+    "throughput": {"base_sparsity": 0.6, **_PAPER},
+}
 
 
 def check_choice(option: str, value: str, choices: Any) -> None:
@@ -25,10 +48,15 @@ def check_choice(option: str, value: str, choices: Any) -> None:
 class CompressionConfig:
     """How a model is compressed.
 
+    A preset is a set of options, and any of them can be given in its place. An option left at ``None`` is the preset's
+    from then on; only ``base_sparsity`` may stay ``None``.
+
     Args:
         ratio: parameters removed as a share of the **whole** model's, in (0, 1).
-        preset: ``performance`` prunes 10 % of the base's columns, ``throughput`` 60 % (paper, Table 12).
-        base_sparsity: share of the base's columns to prune, in [0, 1); ``None`` takes the preset's.
+        preset: ``quality``: what lost least at equal bytes; ``performance`` and ``throughput``: the paper's pipeline with
+            10 % or 60 % of the base's columns pruned (Table 12).
+        base_sparsity: share of the base's columns to prune, in [0, 1); ``None``: as many as it takes for the bases to leave
+            most of the budget to the deltas (:func:`d2moe_ext.budget.base_sparsity`).
         count: ``stored`` counts what the file holds; ``paper`` counts the dynamically pruned columns as gone too.
         merge: the weights of the experts' mean: Fisher (eq. 5), n·Fisher, n (tokens routed), or equal.
         decomposition: what the truncated SVD of a delta is whitened with: the Gram matrix of its inputs (eqs. 6-8),
@@ -38,6 +66,8 @@ class CompressionConfig:
         fold: take deltas against the pruned base, so that they repair what pruning removed.
         joint_gate_up: one low-rank delta for gate and up together, which then share V. Layouts that interleave
             gate and up rows always do.
+        alternations: how often the base is refitted to its experts' truncated deltas (:mod:`d2moe_ext.alternation`).
+        dynamic_pruning: prune half of the columns per batch, as the paper does, and half for good; else all for good.
         num_bases: bases per projection; experts with similar weights share one.
 
     Raises:
@@ -45,24 +75,29 @@ class CompressionConfig:
     """
 
     ratio: float
-    preset: Preset = "performance"
+    preset: Preset = "quality"
     base_sparsity: float | None = None
     count: Count = "stored"
-    merge: Merge = "fisher"
-    decomposition: Decomposition = "whitened"
-    ranks: Ranks = "uniform"
-    fold: bool = True
-    joint_gate_up: bool = False
+    merge: Merge = None  # type: ignore[assignment]
+    decomposition: Decomposition = None  # type: ignore[assignment]
+    ranks: Ranks = None  # type: ignore[assignment]
+    fold: bool = None  # type: ignore[assignment]
+    joint_gate_up: bool = None  # type: ignore[assignment]
+    alternations: int = None  # type: ignore[assignment]
+    dynamic_pruning: bool = None  # type: ignore[assignment]
     num_bases: int = 1
 
     def __post_init__(self) -> None:
+        check_choice("preset", self.preset, Preset)
+        for option, value in PRESETS[self.preset].items():
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, value)
         if not 0.0 < self.ratio < 1.0:
             raise ValueError(f"ratio must lie between 0 and 1, got {self.ratio}.")
         if self.base_sparsity is not None and not 0.0 <= self.base_sparsity < 1.0:
             raise ValueError(f"base_sparsity must be at least 0 and below 1, got {self.base_sparsity}.")
         if self.num_bases < 1:
             raise ValueError(f"num_bases must be at least 1, got {self.num_bases}.")
-        check_choice("preset", self.preset, Preset)
         check_choice("count", self.count, Count)
         check_choice("merge", self.merge, Merge)
         check_choice("decomposition", self.decomposition, Decomposition)
@@ -72,12 +107,11 @@ class CompressionConfig:
                 "ranks='global' needs decomposition='two_sided', whose singular values are comparable across layers, "
                 f"got decomposition={self.decomposition!r}."
             )
-
-    @property
-    def sparsity(self) -> float:
-        """The share of the base's columns that is pruned, static and dynamic together."""
-        return PRESET_BASE_SPARSITY[self.preset] if self.base_sparsity is None else self.base_sparsity
+        if self.alternations < 0:
+            raise ValueError(f"alternations must be at least 0, got {self.alternations}.")
+        if self.alternations and not self.fold:
+            raise ValueError(f"alternations needs fold=True, which takes deltas against the base it refits, got {self.fold}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for config.json; ``base_sparsity`` is spelled out."""
-        return {**asdict(self), "base_sparsity": self.sparsity}
+        """A record for config.json."""
+        return asdict(self)

@@ -49,7 +49,7 @@ class PrunedBase:
     """The bases of one input group after static pruning.
 
     Attributes:
-        full: ``[K, out, in]`` float32, before pruning, already rounded to the dtype they are stored in.
+        full: ``[K, out, in]`` float32, before pruning.
         columns: ``[K, kept]`` int32, sorted: the columns that are stored.
     """
 
@@ -85,14 +85,11 @@ def prune_columns(full: Tensor, energy: Tensor, kept: int) -> PrunedBase:
 
 def shared_bases(view: ExpertsView, stats: LayerStats, merge: Merge, kept: dict[str, int]) -> dict[str, PrunedBase]:
     """The pruned bases of both input groups, ``gate_up`` and ``down``; ``kept`` gives each group's columns."""
-    dtype = view.down_weight(0).dtype
     groups = {
         "gate_up": (view.gate_up_weight, stats.gate_up_energy),
         "down": (view.down_weight, stats.down_energy),
     }
     bases = {}
     for name, (weight, energy) in groups.items():
-        # Rounded now, so that the deltas also repair what storing the base in its dtype loses.
-        merged = merge_experts(weight, name, stats, merge).to(dtype).float()
-        bases[name] = prune_columns(merged, energy, kept[name])
+        bases[name] = prune_columns(merge_experts(weight, name, stats, merge), energy, kept[name])
     return bases
