@@ -130,7 +130,7 @@ def advise(layers: Sequence[LayerAnalysis], shapes: ModelShapes) -> Advice:
     if start is None:
         reason = f"No ratio from {RATIOS[0]} up can be reached: too few of the parameters stand in routed experts."
         return Advice(1, None, preset, {"ratio": reason, "preset": preset_reason}, every)
-    best, bases_reason = _choose_bases(start, predictions)
+    best, bases_reason = choose_bases(start, predictions)
     chosen = _choose_ratio(predictions[best.num_bases])
     assert chosen is not None  # best itself can be reached
     assert chosen.error is not None
@@ -154,7 +154,7 @@ def _choose_ratio(predictions: Sequence[PredictedError]) -> PredictedError | Non
     return reachable[0][0] if reachable else None
 
 
-def _choose_bases(start: PredictedError, predictions: dict[int, list[PredictedError]]) -> tuple[PredictedError, str]:
+def choose_bases(start: PredictedError, predictions: dict[int, list[PredictedError]]) -> tuple[PredictedError, str]:
     """The number of bases with the least error at the ratio of ``start``, and why."""
     place = RATIOS.index(start.ratio)
     best = start

@@ -9,7 +9,7 @@ from cli_helpers import assert_refused, run
 from tiny_models import EXPERTS, HIDDEN, INTER, tiny_model, token_ids
 
 from d2moe_ext.adapters import find_experts
-from d2moe_ext.advice import LARGEST_ERROR, RATIOS, advise, predict_error
+from d2moe_ext.advice import LARGEST_ERROR, RATIOS, PredictedError, advise, choose_bases, predict_error
 from d2moe_ext.analysis import (
     Routing,
     analyze_layers,
@@ -246,6 +246,23 @@ def test_two_clusters_of_experts_want_two_bases():
     for layer in layers:
         assert layer.explained[1] < 0.9
         assert layer.explained[2] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("errors", "best"),
+    [
+        ({1: 0.20, 2: 0.19, 4: 0.21}, 1),  # less than a tenth better
+        ({1: 0.20, 2: 0.17, 4: 0.16}, 2),
+        ({1: 0.20, 2: 0.17, 4: 0.15}, 4),
+        ({1: 0.20, 2: 0.25, 4: 0.15}, 4),
+        ({1: 1e-3, 2: 1e-4, 4: None}, 1),  # below bfloat16's rounding there is nothing to win
+    ],
+)
+def test_more_bases_must_earn_their_place(errors, best):
+    rows = {bases: [PredictedError(RATIOS[0], bases, error)] for bases, error in errors.items()}
+    chosen, reason = choose_bases(rows[1][0], rows)
+    assert chosen.num_bases == best
+    assert f"1: {errors[1]:.3f}, 2: {errors[2]:.3f}" in reason
 
 
 def test_experts_without_anything_in_common_get_a_warning():

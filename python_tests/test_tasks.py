@@ -46,7 +46,7 @@ def by_hand(directory, made):
         scores = []
         prefix = len(tokenizer.encode(example["context"], add_special_tokens=False))
         for ending in example["endings"]:
-            ids = torch.tensor([tokenizer.encode(f"{example['context']} {ending}", add_special_tokens=False)])
+            ids = torch.tensor([tokenizer.encode(example["context"] + ending, add_special_tokens=False)])
             chances = model(ids).logits[0, :-1].double().log_softmax(-1)
             scores.append(sum(float(chances[place - 1, ids[0, place]]) for place in range(prefix, ids.shape[1])))
         best = max(range(4), key=scores.__getitem__)
@@ -154,24 +154,30 @@ def test_eval_refuses(tiny_directory, tiny_text, capsys, options, part):
     assert_refused(run(capsys, "eval", tiny_directory, *given), part)
 
 
+def test_passages_keep_the_words_and_the_whitespace():
+    document = "\n a b  c\nd e f\tg h\n\ni j k"
+    assert make_continuation.passages(document, 3, 2) == [("a b  c", "\nd e"), ("f\tg h", "\n\ni j")]
+    assert make_continuation.passages(document, 8, 4) == []
+
+
 def test_a_task_is_made_from_its_text_and_seed():
-    words = [f"w{number}" for number in range(100)]
-    found = make_continuation.passages([" ".join(words[:55]), "\n\t".join(words[55:])], 6, 4)
-    # Ten words each, within one document: five of the first 55 words, four of the other 45.
-    assert len(found) == 9
-    assert found[0] == (" ".join(words[:6]), " ".join(words[6:10]))
-    assert found[5] == (" ".join(words[55:61]), " ".join(words[61:65]))
-    made = make_continuation.examples(found, 7, seed=3)
-    assert len(made) == 7
-    assert len({example["context"] for example in made}) == 7
-    true_endings = dict(found)
+    documents = [" ".join(f"{name}{number}" for number in range(size)) for name, size in (("a", 55), ("b", 45), ("c", 39))]
+    true_endings = [dict(make_continuation.passages(document, 6, 4)) for document in documents]
+    # Ten words each; the last document has three passages, too few for four endings.
+    assert [len(endings) for endings in true_endings] == [5, 4, 3]
+
+    def examples(count, seed):
+        return make_continuation.examples(documents, 6, 4, count, seed)
+
+    made = examples(7, 3)
+    assert len({example["context"] for example in made}) == len(made) == 7
     for example in made:
-        assert example["endings"][example["label"]] == true_endings[example["context"]]
+        own = true_endings[0] if example["context"] in true_endings[0] else true_endings[1]
+        assert example["endings"][example["label"]] == own[example["context"]]
         assert len(set(example["endings"])) == 4
-        assert set(example["endings"]) <= set(true_endings.values())
-    assert made == make_continuation.examples(found, 7, seed=3)
-    assert made != make_continuation.examples(found, 7, seed=4)
-    assert len(make_continuation.examples(found, 100, seed=3)) == 9
+        assert set(example["endings"]) <= set(own.values())
+    assert made == examples(7, 3) != examples(7, 4)
+    assert len(examples(100, 3)) == 9
 
 
 def test_a_task_needs_four_endings(tmp_path, capsys):
@@ -179,7 +185,7 @@ def test_a_task_needs_four_endings(tmp_path, capsys):
     path.write_text(cli_helpers.TEXT[:700])
     with pytest.raises(SystemExit):
         make_continuation.main(["--text", str(path), "--out", str(tmp_path / "out")])
-    assert "--text must hold at least 4 passages with different endings, got 3" in capsys.readouterr().err
+    assert "--text must hold a document of 4 passages that end differently, got none." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         make_continuation.main(["--text", str(path), "--out", str(tmp_path / "out"), "--ending-words", "0"])
     assert "--ending-words must be at least 1, got 0" in capsys.readouterr().err

@@ -4,9 +4,12 @@
     d2moe eval MODEL --tasks continuation --include-path continuation
 
 Each example is a passage of ``--context-words`` words and four endings of ``--ending-words``: the words that follow,
-and what ends three other passages of the same text. Words are what whitespace separates, joined by single spaces.
-Chance is 0.25. The text must be one that the model was not trained on; ``python`` takes the held-out part of the
-text that comes with Python, which ``examples/pydoc_moe`` never saw. Everything follows from ``--seed``.
+and what ends three other passages of the same document. Words are what whitespace separates; the whitespace stays as it
+is. Chance is 0.25. The text must be one that the model was not trained on: a file, which counts as one document, or
+``python``, the held-out part of the text that comes with Python, which ``examples/pydoc_moe`` never saw. Everything
+follows from ``--seed``.
+
+Endings of other documents, with all whitespace made single spaces, were tried first: too easy to tell by their words.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,10 +31,10 @@ dataset_kwargs:
     test: {data}
 output_type: multiple_choice
 test_split: test
-doc_to_text: "{{{{context}}}}"
+doc_to_text: context
 doc_to_target: label
-doc_to_choice: "{{{{endings}}}}"
-target_delimiter: " "
+doc_to_choice: endings
+target_delimiter: ""
 metric_list:
   - metric: acc
     aggregation: mean
@@ -43,36 +47,36 @@ metadata:
 """
 
 
-def passages(documents: Sequence[str], context_words: int, ending_words: int) -> list[tuple[str, str]]:
-    """Contexts with their endings: the documents cut, each from its start, into passages that share no word."""
+def passages(document: str, context_words: int, ending_words: int) -> list[tuple[str, str]]:
+    """Contexts with their endings, which begin with whitespace: a document cut into passages that share no word."""
+    words = [match.span() for match in re.finditer(r"\S+", document)]
     length = context_words + ending_words
     found = []
-    for document in documents:
-        words = document.split()
-        for begin in range(0, len(words) - length + 1, length):
-            middle = begin + context_words
-            found.append((" ".join(words[begin:middle]), " ".join(words[middle : begin + length])))
+    for begin in range(0, len(words) - length + 1, length):
+        middle = words[begin + context_words - 1][1]
+        found.append((document[words[begin][0] : middle], document[middle : words[begin + length - 1][1]]))
     return found
 
 
-def examples(found: Sequence[tuple[str, str]], count: int, seed: int) -> list[dict[str, object]]:
-    """At most ``count`` examples ``{"context", "endings", "label"}``, drawn from all passages.
+def examples(documents: Sequence[str], context_words: int, ending_words: int, count: int, seed: int) -> list[dict[str, object]]:
+    """At most ``count`` examples ``{"context", "endings", "label"}``, drawn from all that can be made.
 
     Raises:
-        ValueError: fewer than four passages with different endings.
+        ValueError: no document with four passages that end differently.
     """
-    endings = sorted({ending for _, ending in found})
-    if len(endings) < CHOICES:
-        raise ValueError(f"--text must hold at least {CHOICES} passages with different endings, got {len(endings)}.")
     generator = random.Random(seed)
     made: list[dict[str, object]] = []
-    for index in sorted(generator.sample(range(len(found)), min(count, len(found)))):
-        context, ending = found[index]
-        # One more than needed, as the true ending may be among them.
-        others = [other for other in generator.sample(endings, CHOICES) if other != ending][: CHOICES - 1]
-        label = generator.randrange(CHOICES)
-        made.append({"context": context, "endings": [*others[:label], ending, *others[label:]], "label": label})
-    return made
+    for document in documents:
+        found = passages(document, context_words, ending_words)
+        endings = sorted({ending for _, ending in found})
+        for context, ending in found if len(endings) >= CHOICES else ():
+            # One more than needed, as the true ending may be among them.
+            others = [other for other in generator.sample(endings, CHOICES) if other != ending][: CHOICES - 1]
+            label = generator.randrange(CHOICES)
+            made.append({"context": context, "endings": [*others[:label], ending, *others[label:]], "label": label})
+    if not made:
+        raise ValueError(f"--text must hold a document of {CHOICES} passages that end differently, got none.")
+    return generator.sample(made, min(count, len(made)))
 
 
 def write_task(made: Sequence[dict[str, object]], out: Path, name: str) -> None:
@@ -97,12 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, option) < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {getattr(options, option)}.")
     try:
-        found = passages(_documents(options.text), options.context_words, options.ending_words)
-        made = examples(found, options.examples, options.seed)
+        documents = _documents(options.text)
+        made = examples(documents, options.context_words, options.ending_words, options.examples, options.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     write_task(made, options.out, options.name)
-    print(f"{len(made)} examples of {len(found)} passages: {options.out / options.name}.yaml")
+    print(f"{len(made)} examples: {options.out / options.name}.yaml")
 
 
 def _documents(text: str) -> list[str]:
