@@ -332,7 +332,10 @@ def test_analyze_prints_tables_and_reasons(tiny_directory, tiny_text, capsys):
         assert part in out
 
 
-def test_analyze_refuses(compressed_directory, tiny_directory, capsys):
+def test_analyze_refuses(compressed_directory, tiny_directory, tiny_text, capsys):
     assert_refused(run(capsys, "analyze", compressed_directory), "MODEL must be neither compressed nor quantized")
-    assert_refused(run(capsys, "analyze", tiny_directory, "--samples", 0), "--samples must be at least 1, got 0")
+    assert_refused(
+        run(capsys, "analyze", tiny_directory, "--samples", 0, "--calibration", tiny_text),
+        "--samples must be at least 1, got 0",
+    )
     assert_refused(run(capsys, "analyze", tiny_directory, "--calibration", "absent"), "--calibration must be a text file")
