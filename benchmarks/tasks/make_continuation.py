@@ -9,7 +9,8 @@ is. Chance is 0.25. The text must be one that the model was not trained on: a fi
 ``python``, the held-out part of the text that comes with Python, which ``examples/pydoc_moe`` never saw. Everything
 follows from ``--seed``.
 
-Endings of other documents, with all whitespace made single spaces, were tried first: too easy to tell by their words.
+Endings of any document, with all whitespace made single spaces, were tried first: `examples/pydoc_moe` then scored 0.57 and,
+compressed by 0.6, 0.59 (acc_norm of 250 examples), so the task told nothing.
 """
 
 from __future__ import annotations
