@@ -133,6 +133,20 @@ def evaluation_table(record: dict[str, Any]) -> RenderableType:
     return table
 
 
+def task_table(record: dict[str, Any]) -> RenderableType:
+    """What ``d2moe eval --tasks`` prints."""
+    table = _table("Tasks", ("task", "metric", "value", "stderr", "examples", "few-shot"))
+    for score in record["scores"]:
+        stderr = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
+        counts = ("" if score[key] is None else f"{score[key]:,}" for key in ("examples", "num_fewshot"))
+        table.add_row(score["task"], score["metric"], f"{score['value']:.4f}", stderr, *counts)
+    notes = (
+        f"Dynamic pruning {'on' if record['dynamic_pruning'] else 'off'}, batch size {record['batch_size']}; native operators: "
+        f"{'yes' if record['native_operators'] else 'no'}; {record['seconds']:.1f} s."
+    )
+    return Group(table, Text(notes))
+
+
 def inspection_tables(record: dict[str, Any], title: str) -> RenderableType:
     """What ``d2moe inspect`` prints."""
     summary = _table(title, ("", "value"))

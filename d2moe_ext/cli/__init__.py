@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from d2moe_ext.cli import compress, demo, evaluate, inspect, plan
+from d2moe_ext.cli import analyze, compress, demo, evaluate, inspect, plan
 from d2moe_ext.cli.common import one_sentence
 
 BAD_INPUT = 2
@@ -27,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("analyze")(analyze.analyze_command)
 app.command("compress")(compress.compress_command)
 app.command("eval")(evaluate.evaluate_command)
 app.command("plan")(plan.plan_command)

@@ -11,6 +11,8 @@ import typer
 from d2moe_ext.cli import common
 from d2moe_ext.cli.options import (
     BasesOption,
+    BatchSizeOption,
+    CalibrationOption,
     CountOption,
     DecompositionOption,
     DtypeOption,
@@ -19,10 +21,14 @@ from d2moe_ext.cli.options import (
     JsonOption,
     MergeOption,
     ModelArgument,
+    OffloadOption,
     OutArgument,
     PresetOption,
     RanksOption,
     RatioOption,
+    SamplesOption,
+    SeedOption,
+    SeqlenOption,
     SparsityOption,
     TrustOption,
 )
@@ -45,13 +51,11 @@ def compress_command(
     ratio: RatioOption,
     preset: PresetOption = "performance",
     base_sparsity: SparsityOption = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file; without it, text that comes with Python.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows, drawn at random.")] = 128,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window; without it 512, or what the model can take.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Calibration windows read at once.")] = 8,
-    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = None,
+    batch_size: BatchSizeOption = 8,
+    seed: SeedOption = 0,
     count: CountOption = "stored",
     merge: MergeOption = "fisher",
     decomposition: DecompositionOption = "whitened",
@@ -59,9 +63,7 @@ def compress_command(
     fold: FoldOption = True,
     joint_gate_up: JointOption = False,
     num_bases: BasesOption = 1,
-    offload_folder: Annotated[
-        Path | None, typer.Option(help="A new folder for the calibration's large sums, for models that fill the memory.")
-    ] = None,
+    offload_folder: OffloadOption = None,
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds anything.")] = False,

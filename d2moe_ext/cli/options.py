@@ -23,6 +23,14 @@ RanksOption = Annotated[Ranks, typer.Option(help="One share for every delta, or 
 FoldOption = Annotated[bool, typer.Option("--fold/--no-fold", help="Let the deltas repair what pruning removed.")]
 JointOption = Annotated[bool, typer.Option("--joint-gate-up", help="One delta for gate and up together.")]
 BasesOption = Annotated[int, typer.Option(help="Bases per projection.")]
+CalibrationOption = Annotated[Path | None, typer.Option(help="A UTF-8 text file; without it, text that comes with Python.")]
+SamplesOption = Annotated[int, typer.Option(help="Calibration windows, drawn at random.")]
+SeqlenOption = Annotated[int | None, typer.Option(help="Tokens per window; without it 512, or what the model can take.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Calibration windows read at once.")]
+SeedOption = Annotated[int, typer.Option(help="Chooses the windows.")]
+OffloadOption = Annotated[
+    Path | None, typer.Option(help="A new folder for the calibration's large sums, for models that fill the memory.")
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Load the weights as this; auto: as they are stored.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -1,0 +1,1 @@
+"""Tasks for ``d2moe eval --tasks`` that need no network."""
