@@ -1,0 +1,92 @@
+"""MC-SMoE, its merging: rarely used experts join the dominant expert that the router treats most alike.
+
+Li et al., "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy", ICLR 2024
+(arXiv 2310.01334). Usage frequencies, normalised in each layer by its most used expert, choose the dominant experts over
+the whole model, so that layers keep different numbers; every other expert joins the dominant one of its layer whose
+router logits are most similar (cosine over the calibration tokens). A group's neurons are first permuted to match
+the dominant expert's (weight matching over gate, up and down together, a linear assignment), then averaged by frequency.
+
+The second stage of the paper, low rank plus structured sparsity on the merged experts, is left out: merging alone reaches
+the budgets studied here, and the paper recovers what that stage costs by fine-tuning with distillation, which also
+follows its merging. Nothing here is trained.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from benchmarks.baselines.counts import budget_of, experts_within
+from benchmarks.baselines.merging import check_routers, drop_layers, frequency_weights, index_bytes, merge_group, merged_bytes
+from benchmarks.baselines.outputs import SubsetLoss
+from benchmarks.baselines.routing import projection_weight, projections, round_as_stored
+from benchmarks.study import Calibration, model_parameters
+from d2moe_ext.adapters import ExpertsView, find_experts
+
+
+def matching_order(view: ExpertsView, expert: int, dominant: int) -> Tensor:
+    """``[I]`` int64: the neuron of ``expert`` that matches each neuron of ``dominant``.
+
+    It maximises the summed inner products of matched neurons' weights: their rows of gate and up and column of down.
+    """
+    similarity = 0.0
+    for name in projections(view):
+        mine, other = (projection_weight(view, name, e).detach().double() for e in (expert, dominant))
+        similarity = similarity + (other.T @ mine if name == "down" else other @ mine.T)
+    _, order = linear_sum_assignment(np.asarray(similarity), maximize=True)
+    return torch.from_numpy(order)
+
+
+def dominant_experts(tokens: list[Tensor], total: int) -> list[list[int]]:
+    """Per layer the experts that stay: the ``total`` most used, by frequency over that of the layer's most used one."""
+    scored = []
+    for layer, counts in enumerate(tokens):
+        relative = counts.double() / counts.max().clamp_min(1)
+        first = int(relative.argmax())
+        # Every layer's most used expert stays, whatever the others have.
+        scored += [(-(2.0 if e == first else float(relative[e])), layer, e) for e in range(len(counts))]
+    chosen = sorted(scored)[:total]
+    return [sorted(e for _, where, e in chosen if where == layer) for layer in range(len(tokens))]
+
+
+def group_by_router(router_logits: Tensor, dominant: list[int]) -> list[list[int]]:
+    """Groups of experts, each led by its dominant one; the others join by cosine similarity of ``router_logits [T, E]``."""
+    columns = normalize(router_logits.double().T, dim=1)
+    similarity = columns @ columns[dominant].T
+    groups = [[leader] for leader in dominant]
+    for expert in range(router_logits.shape[1]):
+        if expert not in dominant:
+            groups[int(similarity[expert].argmax())].append(expert)
+    return groups
+
+
+def mc_smoe(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
+    """Merge every expert that is not dominant into the dominant one routed most alike, in place.
+
+    Returns:
+        Stored bytes of the whole model: an index from router rows to stored experts included.
+
+    Raises:
+        ValueError: a ratio out of range or out of reach, or a router of another kind.
+    """
+    budget = budget_of(model, ratio)
+    views = find_experts(model)
+    check_routers(views)
+    round_as_stored(model)
+    if 2 * model_parameters(model) <= budget:
+        return 2 * model_parameters(model)
+    total = experts_within(model, views, budget, router_rows=False, index_bytes=index_bytes(views))
+    if total < len(views):
+        views = drop_layers(views, [SubsetLoss(v, calibration.inputs[v.name])([]) for v in views], total)
+    tokens = [calibration.stats.layers[view.name].tokens for view in views]
+    groups = {}
+    for view, counts, dominant in zip(views, tokens, dominant_experts(tokens, total), strict=True):
+        groups[view.name] = group_by_router(calibration.inputs[view.name].router_logits, dominant)
+        for members in groups[view.name]:
+            orders = [matching_order(view, expert, members[0]) for expert in members]
+            merge_group(view, members, frequency_weights(counts[members]), orders)
+    return merged_bytes(model, groups, views)
