@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from benchmarks.baselines.routing import routed_parameters
-from benchmarks.study import byte_budget, model_parameters
+from benchmarks.study import Calibration, byte_budget, model_parameters
 from d2moe_ext.adapters import ExpertsView
+from d2moe_ext.evaluate import perplexity
+
+# Of the calibration text, what is read to choose between ways to spread experts over the layers.
+CHOICE_TOKENS = 4096
 
 
 def experts_within(model: nn.Module, views: Sequence[ExpertsView], budget: int, router_rows: bool, index_bytes: int = 0) -> int:
@@ -56,6 +63,38 @@ def spread(losses: Sequence[Sequence[float]], total: int, uniform: bool = False)
                     following[key] = candidate
         best = following
     return best[total][1]
+
+
+def choose_counts(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    losses: Sequence[Sequence[float]],
+    total: int,
+    apply: Callable[[PreTrainedModel, list[int]], None],
+) -> list[int]:
+    """The number of experts each layer keeps, ``total`` in all, where a paper's equal numbers leave a remainder or do badly.
+
+    Three ways are tried: as equal as can be, by the summed losses as they are, and by the losses relative to each layer's own.
+    The one with the lowest perplexity on the first calibration tokens is taken. (On two small models it was also the lowest, or
+    within 2 % of it, on text that was not calibrated on; none of the three alone came near that.)
+
+    Args:
+        losses: per layer, the loss of keeping 0, 1, ..., E experts, 0 for all.
+        apply: compresses a copy of ``model`` by the counts it is given.
+    """
+    relative = [[loss / max(layer[1], 1e-30) for loss in layer] for layer in losses]
+    candidates = [spread(relative, total, uniform=True), spread(relative, total), spread(losses, total)]
+    distinct = [counts for place, counts in enumerate(candidates) if counts not in candidates[:place]]
+    if len(distinct) == 1:
+        return distinct[0]
+    window = calibration.batches[0].shape[1]
+    text = torch.cat([batch.flatten() for batch in calibration.batches])[:CHOICE_TOKENS]
+    measured = []
+    for counts in distinct:
+        trial = copy.deepcopy(model)
+        apply(trial, counts)
+        measured.append((perplexity(trial, text, window=window).perplexity, counts))
+    return min(measured)[1]
 
 
 def budget_of(model: nn.Module, ratio: float) -> int:

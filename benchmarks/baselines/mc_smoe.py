@@ -13,32 +13,16 @@ follows its merging. Nothing here is trained.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from benchmarks.baselines.counts import budget_of, experts_within
-from benchmarks.baselines.merging import check_routers, drop_layers, frequency_weights, index_bytes, merge_group, merged_bytes
+from benchmarks.baselines.merging import check_mergeable, drop_layers, frequency_weights, index_bytes, merge_group, merged_bytes
 from benchmarks.baselines.outputs import SubsetLoss
-from benchmarks.baselines.routing import projection_weight, projections, round_as_stored
+from benchmarks.baselines.routing import round_as_stored
 from benchmarks.study import Calibration, model_parameters
-from d2moe_ext.adapters import ExpertsView, find_experts
-
-
-def matching_order(view: ExpertsView, expert: int, dominant: int) -> Tensor:
-    """``[I]`` int64: the neuron of ``expert`` that matches each neuron of ``dominant``.
-
-    It maximises the summed inner products of matched neurons' weights: their rows of gate and up and column of down.
-    """
-    similarity = 0.0
-    for name in projections(view):
-        mine, other = (projection_weight(view, name, e).detach().double() for e in (expert, dominant))
-        similarity = similarity + (other.T @ mine if name == "down" else other @ mine.T)
-    _, order = linear_sum_assignment(np.asarray(similarity), maximize=True)
-    return torch.from_numpy(order)
+from d2moe_ext.adapters import find_experts
 
 
 def dominant_experts(tokens: list[Tensor], total: int) -> list[list[int]]:
@@ -75,7 +59,7 @@ def mc_smoe(model: PreTrainedModel, calibration: Calibration, ratio: float) -> i
     """
     budget = budget_of(model, ratio)
     views = find_experts(model)
-    check_routers(views)
+    check_mergeable(views)
     round_as_stored(model)
     if 2 * model_parameters(model) <= budget:
         return 2 * model_parameters(model)
@@ -83,10 +67,9 @@ def mc_smoe(model: PreTrainedModel, calibration: Calibration, ratio: float) -> i
     if total < len(views):
         views = drop_layers(views, [SubsetLoss(v, calibration.inputs[v.name])([]) for v in views], total)
     tokens = [calibration.stats.layers[view.name].tokens for view in views]
-    groups = {}
+    stored_experts = {}
     for view, counts, dominant in zip(views, tokens, dominant_experts(tokens, total), strict=True):
-        groups[view.name] = group_by_router(calibration.inputs[view.name].router_logits, dominant)
-        for members in groups[view.name]:
-            orders = [matching_order(view, expert, members[0]) for expert in members]
-            merge_group(view, members, frequency_weights(counts[members]), orders)
-    return merged_bytes(model, groups, views)
+        for members in group_by_router(calibration.inputs[view.name].router_logits, dominant):
+            merge_group(view, members, frequency_weights(counts[members]), align=True)
+        stored_experts[view.name] = len(dominant)
+    return merged_bytes(model, stored_experts, views)

@@ -5,7 +5,8 @@ Models", ACL 2024 (arXiv 2402.14800), section on expert pruning: every set of ex
 renormalised over them, and the set with the smallest reconstruction error of the layer's output is kept. Its dynamic
 skipping of experts saves time, not bytes, and is left out; its fine-tuning after pruning is left out as all is.
 
-The paper keeps equally many experts in every layer.
+The paper keeps equally many experts in every layer; here that is one of three ways to spread them, and the best on
+calibration text is taken (:func:`benchmarks.baselines.counts.choose_counts`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from itertools import combinations
 
 from transformers import PreTrainedModel
 
-from benchmarks.baselines.counts import budget_of, experts_within, spread
+from benchmarks.baselines.counts import budget_of, choose_counts, experts_within
 from benchmarks.baselines.outputs import SubsetLoss
 from benchmarks.baselines.routing import keep_experts, round_as_stored
 from benchmarks.study import Calibration, model_parameters
 from d2moe_ext.adapters import find_experts
-
-UNIFORM = True
 
 # With more experts than this, trying every set takes too long; they go one by one, the least missed first.
 EXHAUSTIVE_EXPERTS = 12
@@ -52,8 +51,11 @@ def naee(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
     round_as_stored(model)
     total = experts_within(model, views, budget, router_rows=True)
     best = [best_subsets(SubsetLoss(view, calibration.inputs[view.name])) for view in views]
-    # Relative to the layer's own output, so that layers of unlike scale compare.
-    losses = [[loss / max(layer[0][0], 1e-30) for loss, _ in layer] for layer in best]
-    for view, layer, count in zip(views, best, spread(losses, total, UNIFORM), strict=True):
-        keep_experts(view, layer[count][1])
+
+    def prune(changed: PreTrainedModel, counts: list[int]) -> None:
+        for view, layer, count in zip(find_experts(changed), best, counts, strict=True):
+            keep_experts(view, layer[count][1])
+
+    losses = [[loss for loss, _ in layer] for layer in best]
+    prune(model, choose_counts(model, calibration, losses, total, prune))
     return 2 * model_parameters(model)

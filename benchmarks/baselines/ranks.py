@@ -57,9 +57,10 @@ def ranks_within(matrices: Sequence[Matrix], parameters: int) -> list[int]:
     def cost(ranks: Sequence[int]) -> int:
         return sum(m.cost(rank) for m, rank in zip(matrices, ranks, strict=True))
 
+    full = [m.full_rank for m in matrices]
+    if cost(full) <= parameters:
+        return full
     low, high = 0.0, 1 / min(m.weight for m in matrices)
-    if cost(at(high)) <= parameters:
-        return at(high)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(at(middle)) <= parameters else (low, middle)
