@@ -124,7 +124,7 @@ def test_reap_keeps_the_experts_of_the_highest_saliency() -> None:
 
 def test_the_counts_are_those_with_the_lowest_perplexity_on_calibration_text() -> None:
     model, calibration = prepared("mixtral")
-    losses = [[float(8 - count) ** 1.5 for count in range(9)], [0.01 * (8 - count) for count in range(9)]]
+    losses = [[float(8 - count) ** 1.2 for count in range(9)], [0.01 * (8 - count) for count in range(9)]]
     seen = {}
 
     def prune(trial: torch.nn.Module, counts: list[int]) -> None:
@@ -174,9 +174,10 @@ def test_moe_i2_gives_the_most_important_expert_the_highest_rank() -> None:
     rows = [view.block.gate.weight.detach().clone() for view in views]
     scores = [importance(SubsetLoss(view, calibration.inputs[view.name])) for view in views]
     moe_i2(model, calibration, 0.5)
+    assert LAYERS < sum(view.layout.num_experts for view in find_experts(model)) < LAYERS * EXPERTS
     for view, before, score in zip(find_experts(model), rows, scores, strict=True):
         kept = kept_experts(view, before)
-        assert 1 < len(kept) < EXPERTS
+        assert len(kept) > 1
         ranks = {}
         for place, expert in enumerate(kept):
             ranks[expert] = int(torch.linalg.matrix_rank(view.down_weight(place).detach().double(), rtol=1e-5))

@@ -22,7 +22,7 @@ SLACK = {
     "mc_smoe": 2 * EXPERT,
     "svd_llm": 2 * (HIDDEN + INTER),
     "moe_i2": 2 * (HIDDEN + INTER),
-    "mobe": 2 * (EXPERTS * INTER + 6 * HIDDEN + 6 * EXPERTS),
+    "mobe": 2 * (EXPERTS * INTER + EXPERTS * HIDDEN + EXPERTS * EXPERTS),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -75,14 +76,15 @@ def choose_counts(
     """The number of experts each layer keeps, ``total`` in all, where a paper's equal numbers leave a remainder or do badly.
 
     Three ways are tried: as equal as can be, by the summed losses as they are, and by the losses relative to each layer's own.
-    The one with the lowest perplexity on the first calibration tokens is taken. (On two small models it was also the lowest, or
-    within 2 % of it, on text that was not calibrated on; none of the three alone came near that.)
+    The one with the lowest perplexity on the first calibration tokens is taken. (On the shipped model, at ratios 0.4, 0.6 and
+    0.75, it also had the lowest on selection text for NAEE, REAP and HC-SMoE; none of the three ways always had.)
 
     Args:
-        losses: per layer, the loss of keeping 0, 1, ..., E experts, 0 for all.
+        losses: per layer, the loss of keeping 0, 1, ..., E experts; infinite where none may not be.
         apply: compresses a copy of ``model`` by the counts it is given.
     """
-    relative = [[loss / max(layer[1], 1e-30) for loss in layer] for layer in losses]
+    scales = [layer[0] if math.isfinite(layer[0]) else layer[1] for layer in losses]
+    relative = [[loss / max(scale, 1e-30) for loss in layer] for layer, scale in zip(losses, scales, strict=True)]
     candidates = [spread(relative, total, uniform=True), spread(relative, total), spread(losses, total)]
     distinct = [counts for place, counts in enumerate(candidates) if counts not in candidates[:place]]
     if len(distinct) == 1:

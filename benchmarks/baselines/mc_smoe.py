@@ -8,7 +8,8 @@ the dominant expert's (weight matching over gate, up and down together, a linear
 
 The second stage of the paper, low rank plus structured sparsity on the merged experts, is left out: merging alone reaches
 the budgets studied here, and the paper recovers what that stage costs by fine-tuning with distillation, which also
-follows its merging. Nothing here is trained.
+follows its merging. Nothing here is trained. Every layer keeps an expert as long as the budget holds one for each; below that,
+which the paper does not go to, the layers that put out least lose theirs.
 """
 
 from __future__ import annotations
