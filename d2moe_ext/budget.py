@@ -17,10 +17,10 @@ INDEX_BYTES = 4
 HEADER_BYTES_PER_TENSOR = 118
 # The rounded total may stay below the target by this share and never exceeds it.
 LANDING_SHARE = 0.005
-# With more than this share of the experts' budget in bases, columns were worth less than the ranks they cost; from 0.3 to
-# 0.45 the two models of docs/quality.md differ little ("How much of the budget the bases take").
+# The shares of the bases' columns to prune that compression compares where the choice is left to it.
+SPARSITIES_TRIED = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+# Before there are statistics to compare with, a plan gives the bases at most this share of the experts' budget.
 BASE_SHARE = 0.4
-SPARSITIES = tuple(step / 20 for step in range(20))
 
 
 @dataclass(frozen=True)
@@ -253,17 +253,32 @@ def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
     )
 
 
-def base_sparsity(model: ModelShapes, config: CompressionConfig) -> float:
-    """The share of the base's columns to prune: the configuration's, or where it leaves the choice, the least with which
-    the bases take at most BASE_SHARE of the parameters that the ratio leaves to the experts."""
+def planned_sparsity(model: ModelShapes, config: CompressionConfig) -> float:
+    """The share of the base's columns to prune: the configuration's, or where it leaves the choice, the least of those
+    compared with which the bases take at most BASE_SHARE of what the ratio leaves to the experts."""
     if config.base_sparsity is not None:
         return config.base_sparsity
     left = (1 - config.ratio) * model.total_parameters - model.other_parameters
-    for sparsity in SPARSITIES:
-        bare = [without_deltas(shapes, replace(config, base_sparsity=sparsity)) for shapes in model.layers]
+    for sparsity in SPARSITIES_TRIED:
+        bare = _bare(model, replace(config, base_sparsity=sparsity))
         if sum(layer.base_parameters(config.count) for layer in bare) <= BASE_SHARE * left:
             return sparsity
-    return SPARSITIES[-1]
+    return SPARSITIES_TRIED[-1]
+
+
+def _bare(model: ModelShapes, config: CompressionConfig) -> list[LayerPlan]:
+    return [without_deltas(shapes, config) for shapes in model.layers]
+
+
+def _spare(model: ModelShapes, config: CompressionConfig, bare: Sequence[LayerPlan]) -> int:
+    """Parameters the ratio leaves for the deltas' factors; negative where it cannot be reached."""
+    least = model.other_parameters + sum(layer.parameters(config.count) for layer in bare)
+    return int((1 - config.ratio) * model.total_parameters) - least
+
+
+def fits(model: ModelShapes, config: CompressionConfig) -> bool:
+    """Whether the ratio can be reached with the configuration's base sparsity."""
+    return _spare(model, config, _bare(model, config)) >= 0
 
 
 def delta_budget(model: ModelShapes, config: CompressionConfig, bare: Sequence[LayerPlan]) -> int:
@@ -272,9 +287,9 @@ def delta_budget(model: ModelShapes, config: CompressionConfig, bare: Sequence[L
     Raises:
         ValueError: the ratio cannot be reached even with every rank 0, with the range that can.
     """
-    least = model.other_parameters + sum(layer.parameters(config.count) for layer in bare)
-    budget = int((1 - config.ratio) * model.total_parameters) - least
+    budget = _spare(model, config, bare)
     if budget < 0:
+        least = int((1 - config.ratio) * model.total_parameters) - budget
         reachable = 1 - least / model.total_parameters
         raise ValueError(
             f"ratio must lie between 0 and {max(reachable, 0):.4f} for this model at base sparsity {config.base_sparsity:g} "
@@ -296,8 +311,8 @@ def plan_compression(
     Raises:
         ValueError: the ratio cannot be reached, or a layer has fewer experts than bases.
     """
-    config = replace(config, base_sparsity=base_sparsity(model, config))
-    bare = [without_deltas(shapes, config) for shapes in model.layers]
+    config = replace(config, base_sparsity=planned_sparsity(model, config))
+    bare = _bare(model, config)
     budget = delta_budget(model, config, bare)
     elements = sum(layer.shapes.weight_parameters for layer in bare)
     share = budget / elements

@@ -1,50 +1,36 @@
-"""Compression: merge → prune → fold → whiten → truncate, layer by layer (design section 2; paper, section 3).
+"""Compression of a model: columns and ranks for every layer, bases and deltas in turn, then the layers replaced one by one.
 
-Each layer's experts are replaced as soon as they are compressed, so the model is never held twice.
+(Design section 2; paper, section 3.) Each layer's experts are replaced as soon as they are compressed, so the model is
+never held twice; beside it there are the bases, one expert's worth a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from d2moe_ext import ops
 from d2moe_ext.adapters import ExpertsView, find_experts
-from d2moe_ext.alternation import ExpertTarget, base_error, refit_base
-from d2moe_ext.budget import CompressionPlan, LayerPlan, plan_compression
-from d2moe_ext.calibration import CalibrationStats, LayerStats, Progress
+from d2moe_ext.budget import (
+    SPARSITIES_TRIED,
+    CompressionPlan,
+    ModelShapes,
+    fits,
+    plan_compression,
+)
+from d2moe_ext.calibration import CalibrationStats, Progress
 from d2moe_ext.config import CompressionConfig
-from d2moe_ext.experts import D2MoEExperts, DeltaSpec, ExpertsSpec, GroupSpec
+from d2moe_ext.experts import ExpertsSpec
 from d2moe_ext.global_ranks import choose_global_ranks
-from d2moe_ext.merge import PrunedBase, shared_bases
-from d2moe_ext.reference.whitened_svd import ridged_gram
+from d2moe_ext.layer_compression import RIDGE, DeltaReport, LayerCompressor
 from d2moe_ext.shapes import model_shapes
 
-# Tokens' worth of the shrinkage target mixed into an expert's Gram (design section 2.5).
-SHRINKAGE_TOKENS = 32
-# What the float64 copies of one call to whitened_svd may take together.
-STACK_BYTES = 2**30
-# The ridge that whitened_svd starts from; a larger one in a report means that Cholesky had failed.
-RIDGE = 1e-6
-LEFT_RIDGE = 0.1
-
-
-@dataclass(frozen=True)
-class DeltaReport:
-    """What truncation left out of one projection.
-
-    Attributes:
-        relative_error: ``[E]``, ``sqrt(Σ_{i>r} σ² / Σ σ²)`` in the whitened norm.
-        ridge: ``[E]``, the ridge used.
-    """
-
-    relative_error: list[float]
-    ridge: list[float]
+# Of base sparsities whose predicted errors differ by less, the smallest is taken: the prediction favours sparse bases
+# by about as much where it was compared with perplexity (docs/quality.md, "How much of the bases is pruned").
+SPARSITY_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -84,205 +70,6 @@ class CompressionReport:
         }
 
 
-def shrunk_gate_up_gram(stats: LayerStats, pooled: Tensor, expert: int) -> Tensor:
-    """``(G[e] + τ·G_pool/n_pool) / (n[e] + τ)``, ``[H, H]`` float64 (design section 2.5); pooled is ``G_pool/n_pool``."""
-    tokens = int(stats.tokens[expert])
-    return (stats.gram_gate_up[expert] + SHRINKAGE_TOKENS * pooled) / (tokens + SHRINKAGE_TOKENS)
-
-
-def shrunk_down_gram(stats: LayerStats, expert: int) -> Tensor:
-    """The same for down, ``[I, I]``: its channels mean different things in different experts, so it shrinks to its
-    own mean diagonal."""
-    gram, tokens = stats.gram_down[expert], max(stats.gram_tokens(expert), 1)
-    shrunk = gram / (tokens + SHRINKAGE_TOKENS)
-    shrunk.diagonal().add_(gram.diagonal().mean() / tokens * SHRINKAGE_TOKENS / (tokens + SHRINKAGE_TOKENS))
-    return shrunk
-
-
-def delta_rows(name: str, gate_up_rows: int) -> slice:
-    """The rows of its base that a delta covers: gate's are the first half, up's of a gated layer the second."""
-    if name == "gate":
-        return slice(0, gate_up_rows // 2)
-    return slice(gate_up_rows // 2, gate_up_rows) if name == "up" else slice(None)
-
-
-class _LayerCompressor:
-    """One layer on its way: its bases, and any expert's delta with the Gram matrices it is whitened with."""
-
-    def __init__(self, view: ExpertsView, stats: LayerStats, config: CompressionConfig, plan: LayerPlan) -> None:
-        self.view, self.stats, self.config, self.plan = view, stats, config, plan
-        kept = {"gate_up": plan.gate_up_kept, "down": plan.down_kept}
-        self.bases: dict[str, PrunedBase] = shared_bases(view, stats, config.merge, kept)
-        self.pooled_gram = stats.gram_gate_up.sum(0) / max(int(stats.tokens.sum()), 1)
-
-    def _delta(self, name: str, expert: int) -> Tensor:
-        """``Δ[e] = W[e] − W_b·mask``; with ``fold=False`` the paper's, against the base before pruning."""
-        group = "down" if name == "down" else "gate_up"
-        weight = (self.view.down_weight if group == "down" else self.view.gate_up_weight)(expert).float()
-        base = int(self.stats.expert_to_base[expert])
-        pruned = self.bases[group]
-        delta = weight - (pruned.masked(base) if self.config.fold else pruned.full[base])
-        # An ungated layer's only delta of this group covers all rows.
-        return delta[delta_rows(name, len(delta))] if self.view.layout.gated else delta
-
-    def _gram(self, name: str, expert: int) -> Tensor:
-        """The right Gram, ``[in, in]``, or its diagonal where only that is wanted."""
-        if name == "down":
-            gram = shrunk_down_gram(self.stats, expert)
-        else:
-            gram = shrunk_gate_up_gram(self.stats, self.pooled_gram, expert)
-        return gram.diagonal() if self.config.decomposition == "activation_aware" else gram
-
-    def _left_gram(self, name: str, expert: int) -> Tensor:
-        """The left Gram of a delta's rows, ``[out, out]`` or its diagonal ``[out]``."""
-        left = self.stats.left_gram["down" if name == "down" else "gate_up"][expert]
-        whole = name == "down" or not self.view.layout.gated
-        rows = slice(None) if whole else delta_rows(name, len(left))
-        return left[rows] if left.dim() == 1 else left[rows, rows]
-
-    def decompose(self, name: str, experts: list[int], rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A stack of deltas as ``u [B, out, r]``, ``v [B, r, in]``, all singular values, the ridges used."""
-        decomposition = self.config.decomposition
-        delta = torch.stack([self._delta(name, expert).double() for expert in experts])
-        gram = left_gram = None
-        if decomposition != "plain":
-            gram = torch.stack([self._gram(name, expert) for expert in experts])
-        if decomposition == "two_sided":
-            left_gram = torch.stack([self._left_gram(name, expert) for expert in experts])
-        return ops.whitened_svd(delta, rank, gram, left_gram, RIDGE, LEFT_RIDGE)
-
-    def _stacks(self, name: str) -> list[list[int]]:
-        """The experts in stacks: together they keep every core busy, and a stack's copies stay within STACK_BYTES."""
-        out, inputs = self.plan.shapes.delta_shapes(self.plan.joint)[name]
-        size = max(1, STACK_BYTES // (8 * (out * inputs + inputs * inputs)))
-        experts = list(range(self.view.layout.num_experts))
-        return [experts[begin : begin + size] for begin in range(0, len(experts), size)]
-
-    @torch.no_grad()
-    def savings(self, name: str) -> list[np.ndarray]:
-        """Per expert ``σ_i²`` for the choice of global ranks, estimating the loss each step saves.
-
-        The right Gram is per token (shrunk) and the left one a sum over tokens, so that ``σ²`` estimates
-        ``Σ_t (δᵀΔx)²``. What no token reached has no gradient and saves nothing.
-        """
-        values = []
-        for stack in self._stacks(name):
-            for expert, sigma in zip(stack, self.decompose(name, stack, 0)[2].cpu().numpy(), strict=True):
-                values.append(sigma**2 if int(self.stats.tokens[expert]) else np.zeros_like(sigma))
-        return values
-
-    def _factors(self, name: str) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-        """Per expert: its number, ``u [out, r]``, ``v [r, in]`` at its planned rank, all singular values, the ridge."""
-        ranks = self.plan.ranks[name]
-        for stack in self._stacks(name):
-            parts = self.decompose(name, stack, max(ranks[expert] for expert in stack))
-            for expert, u, v, sigma, ridge in zip(stack, *parts, strict=True):
-                yield expert, u[:, : ranks[expert]], v[: ranks[expert]], sigma, ridge  # the factors are nested in rank
-
-    def factor(self, name: str) -> tuple[Tensor, Tensor, DeltaReport]:
-        """A projection's factors over all experts, ``[R, out]`` and ``[R, in]``, in the order of the experts."""
-        rows_u, rows_v, errors, ridges = [], [], [], []
-        for _, u, v, sigma, ridge in self._factors(name):
-            rows_u.append(u.T)
-            rows_v.append(v)
-            energy = float(sigma.square().sum())
-            errors.append((float(sigma[len(v) :].square().sum()) / energy) ** 0.5 if energy else 0.0)
-            ridges.append(float(ridge))
-        return torch.cat(rows_u), torch.cat(rows_v), DeltaReport(errors, ridges)
-
-    def _targets(self, group: str) -> list[ExpertTarget]:
-        """Per expert what it asks of its base: its weight less its truncated delta, in the metric of the deltas' SVD."""
-        weight = self.view.down_weight if group == "down" else self.view.gate_up_weight
-        experts = range(self.view.layout.num_experts)
-        targets = [weight(expert).double() for expert in experts]
-        rows, inputs = targets[0].shape
-        for name in self.plan.ranks:
-            if (name == "down") == (group == "down"):
-                for expert, u, v, _, _ in self._factors(name):
-                    targets[expert] = targets[expert].clone()
-                    targets[expert][delta_rows(name, rows)] -= u @ v
-        name = "down" if group == "down" else "gate_up"
-        plain = self.config.decomposition == "plain"
-        grams = (None if plain else self._gram(name, expert) for expert in experts)
-        return [
-            ExpertTarget(target, ridged_gram(gram, inputs, RIDGE, target), self._left_weights(group, expert, rows))
-            for expert, (target, gram) in enumerate(zip(targets, grams, strict=True))
-        ]
-
-    def _left_weights(self, group: str, expert: int, rows: int) -> Tensor:
-        """``B[e]`` of the base's step, ridged as in the deltas' SVD; without a left Gram the number of tokens."""
-        tokens = float(self.stats.tokens[expert])
-        if self.config.decomposition != "two_sided" or not tokens:
-            return torch.full((rows,), tokens, dtype=torch.float64, device=self.stats.tokens.device)
-        left = self.stats.left_gram[group][expert]
-        ridged = ridged_gram(left, rows, LEFT_RIDGE, left)
-        if left.dim() == 1:
-            return ridged.diagonal()
-        for one, other in (("gate", "up"), ("up", "gate")):
-            if one in self.plan.ranks and other in self.plan.ranks:  # decomposed apart: no term crosses them
-                ridged[delta_rows(one, rows), delta_rows(other, rows)] = 0
-        return ridged
-
-    @torch.no_grad()
-    def alternate(self) -> float:
-        """Refit the bases to the deltas truncated at the planned ranks; returns the layer's error in their metric."""
-        error = 0.0
-        for group, pruned in self.bases.items():
-            targets = self._targets(group)
-            full = pruned.full.clone()
-            for base in range(len(full)):
-                experts = [target for e, target in enumerate(targets) if int(self.stats.expert_to_base[e]) == base]
-                refitted = refit_base(pruned.masked(base).double(), experts, pruned.columns[base])
-                error += base_error(refitted, experts)
-                full[base] = refitted.to(full.dtype)
-            self.bases[group] = PrunedBase(full, pruned.columns)
-        return error
-
-    def round_bases(self) -> None:
-        """Round the bases to the dtype they are stored in, so that the deltas also repair what that loses."""
-        dtype = self.view.down_weight(0).dtype
-        self.bases = {g: PrunedBase(p.full.to(dtype).float(), p.columns) for g, p in self.bases.items()}
-
-    def spec(self) -> ExpertsSpec:
-        plan = self.plan
-        deltas = {name: DeltaSpec(u_rows=sum(r), v_rows=sum(r)) for name, r in plan.ranks.items()}
-        return ExpertsSpec(
-            layout=self.view.layout,
-            gate_up=GroupSpec(plan.num_bases, plan.gate_up_kept, plan.gate_up_keep),
-            down=GroupSpec(plan.num_bases, plan.down_kept, plan.down_keep),
-            deltas=deltas,
-        )
-
-    @torch.no_grad()
-    def run(self) -> tuple[D2MoEExperts, dict[str, DeltaReport]]:
-        """The compressed experts, ready to take the view's place."""
-        view = self.view
-        weight = view.down_weight(0)
-        experts = D2MoEExperts(self.spec(), view, dtype=weight.dtype, device=weight.device)
-        state: dict[str, Tensor] = {}
-        for group, pruned in self.bases.items():
-            state[f"{group}_base"] = pruned.stored
-            state[f"{group}_expert_to_base"] = self.stats.expert_to_base
-            if pruned.columns.shape[1] < pruned.full.shape[2]:
-                state[f"{group}_columns"] = pruned.columns
-        if view.layout.has_bias:
-            for group, bias in (("gate_up", view.gate_up_bias), ("down", view.down_bias)):
-                rows = [row for e in range(view.layout.num_experts) if (row := bias(e)) is not None]
-                state[f"{group}_bias"] = torch.stack(rows)
-        reports = {}
-        for name, ranks in self.plan.ranks.items():
-            state[f"{name}_delta_u"], state[f"{name}_delta_v"], reports[name] = self.factor(name)
-            rank = torch.tensor(ranks, dtype=torch.int32)
-            start = (rank.cumsum(0) - rank).to(torch.int32)
-            state[f"{name}_delta_rank"] = rank
-            state[f"{name}_delta_u_start"] = state[f"{name}_delta_v_start"] = start
-        for key, value in state.items():
-            if not bool(value.isfinite().all()):
-                raise RuntimeError(f"compress: {key} of {view.name} must be finite, got NaN or infinity.")
-        experts.load_state_dict({key: value.to(experts.state_dict()[key].dtype) for key, value in state.items()})
-        return experts, reports
-
-
 def _check(views: list[ExpertsView], stats: CalibrationStats, config: CompressionConfig) -> None:
     missing = [view.name for view in views if view.name not in stats.layers]
     if missing:
@@ -304,6 +91,66 @@ def _check(views: list[ExpertsView], stats: CalibrationStats, config: Compressio
                     )
 
 
+class _ModelCompressor:
+    """All layers of a model at one base sparsity, and the ranks they compete for."""
+
+    def __init__(self, views: list[ExpertsView], stats: CalibrationStats, plan: CompressionPlan, report: Progress) -> None:
+        self.plan, self.report = plan, report
+        self.layers = [
+            LayerCompressor(view, stats.layers[view.name], plan.config, layer)
+            for view, layer in zip(views, plan.layers, strict=True)
+        ]
+
+    def choose_ranks(self, stage: str) -> float:
+        """Choose the ranks for the bases as they stand; returns the error that truncation will leave, predicted."""
+        savings = []
+        for done, layer in enumerate(self.layers, 1):
+            savings.append({name: layer.savings(name) for name in layer.plan.ranks})
+            self.report(stage, done, len(self.layers))
+        if self.plan.config.ranks == "global":
+            self.plan = choose_global_ranks(self.plan, savings)
+        error = 0.0
+        for layer, ranked, values in zip(self.layers, self.plan.layers, savings, strict=True):
+            layer.plan = ranked
+            error += sum(float(v[r:].sum()) for name in values for v, r in zip(values[name], ranked.ranks[name], strict=True))
+        return error
+
+    def alternate(self, stage: str) -> float:
+        """Refit every base to its truncated deltas; returns the error left, in the deltas' metric."""
+        total = 0.0
+        for done, layer in enumerate(self.layers, 1):
+            total += layer.alternate()
+            self.report(stage, done, len(self.layers))
+        return total
+
+    def round_bases(self) -> None:
+        for layer in self.layers:
+            layer.round_bases()
+
+
+def _choose_base_sparsity(
+    views: list[ExpertsView],
+    stats: CalibrationStats,
+    config: CompressionConfig,
+    shapes: ModelShapes,
+    tokens: list[list[int]],
+    report: Progress,
+) -> float:
+    """The base sparsity with the least predicted error: what the bases do not take, the deltas get."""
+    errors = {}
+    for sparsity in SPARSITIES_TRIED:
+        tried = replace(config, base_sparsity=sparsity)
+        if not fits(shapes, tried):
+            continue
+        compressor = _ModelCompressor(views, stats, plan_compression(shapes, tried, tokens), report)
+        if config.alternations:
+            compressor.choose_ranks(f"Base sparsity {sparsity:g}: singular values")
+            compressor.alternate(f"Base sparsity {sparsity:g}: alternation")
+        errors[sparsity] = compressor.choose_ranks(f"Base sparsity {sparsity:g}: predicted error")
+    least = min(errors.values())
+    return min(sparsity for sparsity, error in errors.items() if error <= least * (1 + SPARSITY_TOLERANCE))
+
+
 @torch.no_grad()
 def compress_experts(
     model: nn.Module, stats: CalibrationStats, config: CompressionConfig, progress: Progress | None = None
@@ -321,47 +168,25 @@ def compress_experts(
     views = find_experts(model)
     _check(views, stats, config)
     tokens = [stats.layers[view.name].tokens.tolist() for view in views]
-    plan = plan_compression(model_shapes(model), config, tokens)
+    shapes = model_shapes(model)
+    plan_compression(shapes, config, tokens)  # refuses a ratio out of reach
     report = progress or (lambda stage, done, total: None)
-    compressors = [
-        _LayerCompressor(view, stats.layers[view.name], config, layer) for view, layer in zip(views, plan.layers, strict=True)
-    ]
+    if config.base_sparsity is None:
+        chosen = _choose_base_sparsity(views, stats, config, shapes, tokens, report)
+        config = replace(config, base_sparsity=chosen)
+    compressor = _ModelCompressor(views, stats, plan_compression(shapes, config, tokens), report)
     errors = []
     if config.alternations:
-        plan = _ranked(plan, compressors, report, "Singular values")
-        for step in range(config.alternations):
-            errors.append(_alternated(compressors, report, f"Alternation {step + 1}"))
-    for compressor in compressors:
-        compressor.round_bases()
-    plan = _ranked(plan, compressors, report, "Singular values, once more" if errors else "Singular values")
+        compressor.choose_ranks("Singular values")
+        errors = [compressor.alternate(f"Alternation {step + 1}") for step in range(config.alternations)]
+    compressor.round_bases()
+    if config.ranks == "global":
+        compressor.choose_ranks("Final ranks")
     deltas, specs = {}, {}
-    for done, compressor in enumerate(compressors, 1):
-        experts, deltas[compressor.view.name] = compressor.run()
-        specs[compressor.view.name] = experts.spec
-        compressor.view.replace(experts)
-        compressors[done - 1].bases.clear()
+    for done, layer in enumerate(compressor.layers, 1):
+        experts, deltas[layer.view.name] = layer.run()
+        specs[layer.view.name] = experts.spec
+        layer.view.replace(experts)
+        layer.bases.clear()
         report("Compressing layers", done, len(views))
-    return CompressionReport(plan, deltas, specs, errors)
-
-
-def _ranked(
-    plan: CompressionPlan, compressors: list[_LayerCompressor], report: Progress, stage: str
-) -> CompressionPlan:
-    """The plan with its ranks chosen for the bases as they stand, and every compressor told."""
-    if plan.config.ranks == "global":
-        savings = []
-        for done, compressor in enumerate(compressors, 1):
-            savings.append({name: compressor.savings(name) for name in compressor.plan.ranks})
-            report(stage, done, len(compressors))
-        plan = choose_global_ranks(plan, savings)
-    for compressor, layer in zip(compressors, plan.layers, strict=True):
-        compressor.plan = layer
-    return plan
-
-
-def _alternated(compressors: list[_LayerCompressor], report: Progress, stage: str) -> float:
-    total = 0.0
-    for done, compressor in enumerate(compressors, 1):
-        total += compressor.alternate()
-        report(stage, done, len(compressors))
-    return total
+    return CompressionReport(compressor.plan, deltas, specs, errors)

@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ranks": "global",
         "fold": True,
         "joint_gate_up": True,
-        "alternations": 3,
+        "alternations": 6,
         "dynamic_pruning": False,
     },
     "performance": {"base_sparsity": 0.1, **_PAPER},
@@ -55,8 +55,8 @@ class CompressionConfig:
         ratio: parameters removed as a share of the **whole** model's, in (0, 1).
         preset: ``quality``: what lost least at equal bytes; ``performance`` and ``throughput``: the paper's pipeline with
             10 % or 60 % of the base's columns pruned (Table 12).
-        base_sparsity: share of the base's columns to prune, in [0, 1); ``None``: as many as it takes for the bases to leave
-            most of the budget to the deltas (:func:`d2moe_ext.budget.base_sparsity`).
+        base_sparsity: share of the base's columns to prune, in [0, 1); ``None``: compression compares several and takes
+            the one whose predicted error is least, as columns and ranks compete for the same budget.
         count: ``stored`` counts what the file holds; ``paper`` counts the dynamically pruned columns as gone too.
         merge: the weights of the experts' mean: Fisher (eq. 5), n·Fisher, n (tokens routed), or equal.
         decomposition: what the truncated SVD of a delta is whitened with: the Gram matrix of its inputs (eqs. 6-8),
