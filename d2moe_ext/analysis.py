@@ -20,7 +20,7 @@ from d2moe_ext.bases import cluster, weight_distances
 from d2moe_ext.budget import LayerShapes, kept_columns
 from d2moe_ext.calibration import CalibrationStats, LayerStats, Progress
 from d2moe_ext.compress import STACK_BYTES, delta_rows, shrunk_down_gram, shrunk_gate_up_gram
-from d2moe_ext.config import PRESET_BASE_SPARSITY
+from d2moe_ext.config import PRESETS
 from d2moe_ext.merge import prune_columns
 from d2moe_ext.shapes import model_shapes
 
@@ -28,7 +28,7 @@ GROUPS = ("gate_up", "down")
 # Of the singular values, from the largest down, whose energy is reported.
 TOP_SHARES = (0.10, 0.25, 0.50)
 # Of a base's columns, from the smallest metric up: what the throughput preset removes for good (paper, Table 12).
-LOWEST_COLUMNS = PRESET_BASE_SPARSITY["throughput"] / 2
+LOWEST_COLUMNS = PRESETS["throughput"]["base_sparsity"] / 2
 # Numbers of bases whose errors are predicted; each costs one decomposition of every delta.
 MOST_BASES = 8
 
@@ -311,7 +311,7 @@ def _spectra(
         bases: dict[int, Tensor] = {}
         for experts in clusters:
             mean = group.mean(experts)
-            kept = kept_columns(mean.shape[1], PRESET_BASE_SPARSITY["performance"])[0]
+            kept = kept_columns(mean.shape[1], PRESETS["performance"]["base_sparsity"])[0]
             bases |= dict.fromkeys(experts, prune_columns(mean[None], group.cluster_energy(experts)[None], kept).masked(0))
         for projection in projections:
             if (projection == "down") != (name == "down"):

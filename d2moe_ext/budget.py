@@ -18,7 +18,7 @@ HEADER_BYTES_PER_TENSOR = 118
 # The rounded total may stay below the target by this share and never exceeds it.
 LANDING_SHARE = 0.005
 # The shares of the bases' columns to prune that compression compares where the choice is left to it.
-SPARSITIES_TRIED = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
+SPARSITIES_TRIED = (0.0, 0.2, 0.4, 0.6, 0.9)
 # Before there are statistics to compare with, a plan gives the bases at most this share of the experts' budget.
 BASE_SHARE = 0.4
 

@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ranks": "global",
         "fold": True,
         "joint_gate_up": True,
-        "alternations": 6,
+        "alternations": 10,
         "dynamic_pruning": False,
     },
     "performance": {"base_sparsity": 0.1, **_PAPER},
@@ -89,7 +89,10 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, Preset)
-        for option, value in PRESETS[self.preset].items():
+        options = dict(PRESETS[self.preset])
+        if self.decomposition not in (None, "two_sided"):
+            options["ranks"] = "uniform"  # the only ones that fit
+        for option, value in options.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, value)
         if not 0.0 < self.ratio < 1.0:

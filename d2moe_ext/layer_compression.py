@@ -176,8 +176,8 @@ class LayerCompressor:
         ridged = ridged_gram(left, rows, LEFT_RIDGE, left)
         if left.dim() == 1:
             return ridged.diagonal()
-        for one, other in (("gate", "up"), ("up", "gate")):
-            if one in self.plan.ranks and other in self.plan.ranks:  # decomposed apart: no term crosses them
+        if group == "gate_up" and "gate" in self.plan.ranks:  # decomposed apart: no term crosses them
+            for one, other in (("gate", "up"), ("up", "gate")):
                 ridged[delta_rows(one, rows), delta_rows(other, rows)] = 0
         return ridged
 

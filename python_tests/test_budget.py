@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper_config import paper_config
 
 from d2moe_ext.budget import LayerShapes, ModelShapes, kept_columns, plan_compression, without_deltas
-from d2moe_ext.config import CompressionConfig
 from d2moe_ext.global_ranks import choose_global_ranks
 
 # The preserved shares of the deltas in the paper's Table 12, in percent.
@@ -31,7 +31,7 @@ def small(num_layers=3, num_experts=8, hidden=192, inter=288, other=500_000, **o
 
 @pytest.mark.parametrize(("sparsity", "ratio"), [(s, r) for s, row in TABLE_12.items() for r in row])
 def test_table_12_is_reproduced_within_a_twentieth_of_a_point(sparsity, ratio):
-    plan = plan_compression(mixtral_8x7b(), CompressionConfig(ratio, base_sparsity=sparsity, count="paper"))
+    plan = plan_compression(mixtral_8x7b(), paper_config(ratio, base_sparsity=sparsity, count="paper"))
     assert abs(100 * plan.delta_share - TABLE_12[sparsity][ratio]) < 0.05
 
 
@@ -46,7 +46,7 @@ def test_table_12_is_reproduced_within_a_twentieth_of_a_point(sparsity, ratio):
 )
 def test_a_plan_lands_within_half_a_percent_and_never_above(ratio, sparsity, count, num_experts, joint, options):
     model = small(num_experts=num_experts, **options)
-    config = CompressionConfig(ratio, base_sparsity=sparsity, count=count, joint_gate_up=joint)
+    config = paper_config(ratio, base_sparsity=sparsity, count=count, joint_gate_up=joint)
     bare = model.other_parameters + sum(without_deltas(layer, config).parameters(count) for layer in model.layers)
     if bare > (1 - ratio) * model.total_parameters:
         with pytest.raises(ValueError, match="ratio must lie between 0 and"):
@@ -58,17 +58,17 @@ def test_a_plan_lands_within_half_a_percent_and_never_above(ratio, sparsity, cou
 
 
 def test_ranks_follow_the_kernels_step_and_differ_by_one():
-    plan = plan_compression(mixtral_8x7b(), CompressionConfig(0.6))
+    plan = plan_compression(mixtral_8x7b(), paper_config(0.6))
     ranks = [r for layer in plan.layers for row in layer.ranks.values() for r in row]
     assert all(r % 16 == 0 for r in ranks)
     assert max(ranks) - min(ranks) == 16
-    low = plan_compression(small(), CompressionConfig(0.6))
+    low = plan_compression(small(), paper_config(0.6))
     assert {r % 8 for layer in low.layers for row in layer.ranks.values() for r in row} == {0}
 
 
 def test_the_most_routed_experts_get_the_steps_left_over():
     tokens = [[1, 9, 2, 8, 3, 7, 4, 6]] * 3
-    plan = plan_compression(small(), CompressionConfig(0.4), tokens)
+    plan = plan_compression(small(), paper_config(0.4), tokens)
     for layer in plan.layers:
         for ranks in layer.ranks.values():
             by_tokens = [ranks[e] for e in (1, 3, 5, 7, 6, 4, 2, 0)]
@@ -77,23 +77,23 @@ def test_the_most_routed_experts_get_the_steps_left_over():
 
 def test_an_unreachable_ratio_names_the_reachable_range():
     with pytest.raises(ValueError, match=r"ratio must lie between 0 and 0\.\d{4} for this model .* got 0\.95\.$"):
-        plan_compression(small(), CompressionConfig(0.95))
-    edge = plan_compression(small(), CompressionConfig(0.5)).model
+        plan_compression(small(), paper_config(0.95))
+    edge = plan_compression(small(), paper_config(0.5)).model
     with pytest.raises(ValueError, match="ratio") as caught:
-        plan_compression(edge, CompressionConfig(0.99))
+        plan_compression(edge, paper_config(0.99))
     reachable = float(str(caught.value).split()[6])
-    plan_compression(edge, CompressionConfig(reachable - 1e-3))
+    plan_compression(edge, paper_config(reachable - 1e-3))
     with pytest.raises(ValueError, match="ratio must lie between"):
-        plan_compression(edge, CompressionConfig(reachable + 1e-3))
+        plan_compression(edge, paper_config(reachable + 1e-3))
 
 
 def test_more_bases_than_experts_are_refused():
     with pytest.raises(ValueError, match=r"num_bases must be at most the number of experts of layers\.0 \(8\), got 9"):
-        plan_compression(small(), CompressionConfig(0.4, num_bases=9))
+        plan_compression(small(), paper_config(0.4, num_bases=9))
 
 
 def test_paper_counting_leaves_more_for_the_deltas():
-    stored, paper = (plan_compression(small(), CompressionConfig(0.4, base_sparsity=0.6, count=c)) for c in ("stored", "paper"))
+    stored, paper = (plan_compression(small(), paper_config(0.4, base_sparsity=0.6, count=c)) for c in ("stored", "paper"))
     assert paper.delta_share > stored.delta_share
     assert paper.stored_parameters > stored.stored_parameters
 
@@ -104,7 +104,7 @@ def test_columns_are_pruned_half_for_good_and_half_per_batch():
 
 
 def test_the_plan_as_a_dictionary_is_json_and_agrees_with_itself():
-    plan = plan_compression(small(), CompressionConfig(0.6, preset="throughput"))
+    plan = plan_compression(small(), paper_config(0.6, preset="throughput"))
     record = json.loads(json.dumps(plan.to_dict()))
     assert record["compressed_parameters"] == record["stored_parameters"]
     assert record["ratio"] == pytest.approx(0.6, abs=0.003)
@@ -114,7 +114,7 @@ def test_the_plan_as_a_dictionary_is_json_and_agrees_with_itself():
 
 
 def test_active_parameters_by_hand():
-    plan = plan_compression(small(num_layers=1), CompressionConfig(0.4, base_sparsity=0.0))
+    plan = plan_compression(small(num_layers=1), paper_config(0.4, base_sparsity=0.0))
     (layer,) = plan.layers
     base = 3 * 192 * 288
     assert layer.active_parameters == pytest.approx(base + 2 * layer.delta_parameters / 8)
@@ -122,7 +122,7 @@ def test_active_parameters_by_hand():
 
 
 def test_global_ranks_go_where_they_save_most_and_spend_the_budget():
-    plan = plan_compression(small(num_layers=2), CompressionConfig(0.5, decomposition="two_sided", ranks="global"))
+    plan = plan_compression(small(num_layers=2), paper_config(0.5, decomposition="two_sided", ranks="global"))
     savings = [
         {
             name: [np.geomspace(1, 1e-3, 192) * (100 if (index, e) == (1, 3) else e != 0) for e in range(8)]

@@ -58,7 +58,7 @@ def close(actual, expected, scale=1.0):
 
 def test_forward_statistics_are_the_formulas():
     model, ids = tiny_mixtral(), token_ids(3, 20)
-    stats = calibrate(model, [ids], merge="mean")
+    stats = calibrate(model, [ids], merge="mean", left_gram=None)
     for view in find_experts(model):
         x, index, weights = (
             part.double() if part.is_floating_point() else part for part in routed_calls(model, ids)[view.name]
@@ -113,11 +113,11 @@ def test_fisher_sums_are_equation_4(merge, num_bases):
 def test_no_statistic_depends_on_batch_size_or_padding():
     model = tiny_mixtral()
     short, long = token_ids(12, seed=2), token_ids(20, seed=3)
-    alone = calibrate(model, [short[None], long[None]], left_gram="full")
+    alone = calibrate(model, [short[None], long[None]], merge="fisher", left_gram="full")
     rows = torch.zeros(2, 20, dtype=torch.int64)
     mask = torch.zeros(2, 20, dtype=torch.int64)
     rows[0, 8:], mask[0, 8:], rows[1], mask[1] = short, 1, long, 1
-    padded = calibrate(model, [{"input_ids": rows, "attention_mask": mask}], left_gram="full")
+    padded = calibrate(model, [{"input_ids": rows, "attention_mask": mask}], merge="fisher", left_gram="full")
     assert padded.num_tokens == 32
     for name, layer in alone.layers.items():
         other = padded.layers[name]
@@ -159,8 +159,8 @@ def test_left_grams_are_outer_products_of_the_outputs_gradients():
 
 def test_statistics_in_memory_mapped_files_are_the_same(tmp_path):
     model, ids = tiny_mixtral(), token_ids(2, 20)
-    in_memory = calibrate(model, [ids], left_gram="diagonal")
-    on_disk = calibrate(model, [ids], left_gram="diagonal", offload_folder=tmp_path / "statistics")
+    in_memory = calibrate(model, [ids], merge="fisher", left_gram="diagonal")
+    on_disk = calibrate(model, [ids], merge="fisher", left_gram="diagonal", offload_folder=tmp_path / "statistics")
     assert sum(file.stat().st_size for file in (tmp_path / "statistics").iterdir()) > 8 * 2 * EXPERTS * (HIDDEN**2 + INTER**2)
     for name, layer in in_memory.layers.items():
         assert torch.equal(layer.gram_down, on_disk.layers[name].gram_down)

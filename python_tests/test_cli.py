@@ -87,12 +87,24 @@ def test_compress_prints_its_report(model, text, tmp_path, capsys):
 
 def test_compress_takes_every_option(model, text, tmp_path, capsys):
     options = ("--base-sparsity", 0.2, "--count", "paper", "--merge", "frequency", "--decomposition", "two_sided")
-    options += ("--ranks", "global", "--joint-gate-up", "--num-bases", 2, "--dtype", "bfloat16", *QUICK)
+    options += (
+        "--ranks",
+        "global",
+        "--joint-gate-up",
+        "--alternations",
+        2,
+        "--dynamic-pruning",
+        "--num-bases",
+        2,
+        "--dtype",
+        "bfloat16",
+        *QUICK,
+    )
     options += ("--offload-folder", tmp_path / "sums")
     record = run_json(capsys, "compress", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *options)
     assert record["config"] == {
         "ratio": 0.3,
-        "preset": "performance",
+        "preset": "quality",
         "base_sparsity": 0.2,
         "count": "paper",
         "merge": "frequency",
@@ -100,6 +112,8 @@ def test_compress_takes_every_option(model, text, tmp_path, capsys):
         "ranks": "global",
         "fold": True,
         "joint_gate_up": True,
+        "alternations": 2,
+        "dynamic_pruning": True,
         "num_bases": 2,
     }
     described = run_json(capsys, "inspect", tmp_path / "out")

@@ -6,20 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from paper_config import paper_config
 from test_calibration import EXPERTS, HIDDEN, INTER, tiny_mixtral, token_ids
 
 import d2moe_ext
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.budget import plan_compression
 from d2moe_ext.calibration import calibrate
-from d2moe_ext.compress import (
-    _LayerCompressor,
-    compress_experts,
-    shrunk_down_gram,
-    shrunk_gate_up_gram,
-)
-from d2moe_ext.config import CompressionConfig
+from d2moe_ext.compress import compress_experts
 from d2moe_ext.experts import D2MoEExperts
+from d2moe_ext.layer_compression import LayerCompressor, shrunk_down_gram, shrunk_gate_up_gram
 from d2moe_ext.merge import merge_experts, prune_columns
 from d2moe_ext.shapes import model_shapes
 
@@ -27,7 +23,7 @@ from d2moe_ext.shapes import model_shapes
 @pytest.fixture(scope="module")
 def calibrated():
     model = tiny_mixtral(num_layers=2)
-    return model, calibrate(model, [token_ids(8, 32)], left_gram="full")
+    return model, calibrate(model, [token_ids(8, 32)], merge="fisher", left_gram="full")
 
 
 def copy_of(model):
@@ -38,12 +34,12 @@ def copy_of(model):
 
 def compressor_of(model, stats, *, rank=None, config=None, **plan_options):
     """The first layer's compressor, with ranks and columns set by hand."""
-    config = config or CompressionConfig(0.3, base_sparsity=0.0)
+    config = config or paper_config(0.3, base_sparsity=0.0)
     plan = plan_compression(model_shapes(model), config).layers[0]
     if rank is not None:
         plan = replace(plan, ranks={name: [rank] * EXPERTS for name in plan.ranks})
     view = find_experts(model)[0]
-    return _LayerCompressor(view, stats.layers[view.name], config, replace(plan, **plan_options))
+    return LayerCompressor(view, stats.layers[view.name], config, replace(plan, **plan_options))
 
 
 def routed_input(num_tokens=20, seed=0):
@@ -59,7 +55,7 @@ def routed_input(num_tokens=20, seed=0):
 def test_full_rank_gives_the_layer_back(calibrated, decomposition, joint, pruned):
     """Folding puts even the pruned columns back; the dynamic half is off."""
     model, stats = calibrated
-    config = CompressionConfig(0.3, base_sparsity=0.0, decomposition=decomposition, joint_gate_up=joint)
+    config = paper_config(0.3, base_sparsity=0.0, decomposition=decomposition, joint_gate_up=joint)
     columns = {"gate_up_kept": 11, "gate_up_keep": 11, "down_kept": 17, "down_keep": 17} if pruned else {}
     experts, reports = compressor_of(model, stats, rank=HIDDEN, config=config, **columns).run()
     call = routed_input()
@@ -97,7 +93,7 @@ def test_whitening_misses_least_on_the_calibration_tokens(calibrated):
     view = find_experts(model)[0]
     errors = {}
     for decomposition in ("whitened", "activation_aware", "plain"):
-        config = CompressionConfig(0.3, base_sparsity=0.0, decomposition=decomposition)
+        config = paper_config(0.3, base_sparsity=0.0, decomposition=decomposition)
         experts, _ = compressor_of(model, stats, rank=4, config=config).run()
         errors[decomposition] = output_error(view, experts, "down", stats.layers[view.name])
     assert errors["whitened"] < errors["activation_aware"] < errors["plain"]
@@ -112,7 +108,7 @@ def test_folding_repairs_part_of_what_pruning_removed(calibrated):
         error = {}
         for fold in (True, False):
             for rank in (8, HIDDEN):
-                config = CompressionConfig(0.3, base_sparsity=0.0, fold=fold)
+                config = paper_config(0.3, base_sparsity=0.0, fold=fold)
                 experts, _ = compressor_of(model, stats, rank=rank, config=config, **columns).run()
                 error[fold, rank] = float((experts(*call) - expected).norm() / expected.norm())
     assert error[True, 8] < error[False, 8]
@@ -208,7 +204,7 @@ def test_shrinkage_is_the_designs(calibrated):
 def test_the_model_holds_what_the_plan_says(calibrated, options):
     model, stats = calibrated
     twin = copy_of(model)
-    config = CompressionConfig(0.3, **options)
+    config = paper_config(0.3, **options)
     report = compress_experts(twin, stats, config)
     held = sum(p.numel() for p in twin.parameters()) + sum(
         b.numel() for m in twin.modules() if isinstance(m, D2MoEExperts) for k, b in m.named_buffers() if "norms" not in k
@@ -226,8 +222,8 @@ def test_the_model_holds_what_the_plan_says(calibrated, options):
 
 def test_several_bases():
     model = tiny_mixtral(num_layers=1)
-    stats = calibrate(model, [token_ids(8, 32)], num_bases=2)
-    report = compress_experts(model, stats, CompressionConfig(0.15, num_bases=2, base_sparsity=0.2))
+    stats = calibrate(model, [token_ids(8, 32)], merge="fisher", num_bases=2)
+    report = compress_experts(model, stats, paper_config(0.15, num_bases=2, base_sparsity=0.2))
     experts = find_module(model)
     assert experts.gate_up_base.shape[0] == experts.down_columns.shape[0] == 2
     assert sorted(set(experts.gate_up_expert_to_base.tolist())) == [0, 1]
@@ -253,7 +249,7 @@ def test_an_expert_never_routed_gets_finite_factors(calibrated):
     patched = replace(stats, layers={**stats.layers, name: silent})
     for options in ({}, {"decomposition": "two_sided", "ranks": "global"}, {"decomposition": "activation_aware"}):
         twin = copy_of(model)
-        report = compress_experts(twin, patched, CompressionConfig(0.3, **options))
+        report = compress_experts(twin, patched, paper_config(0.3, **options))
         assert all(bool(p.isfinite().all()) for p in twin.parameters())
         if options.get("ranks") == "global":
             assert all(row[2] == 0 for row in report.plan.layers[0].ranks.values())
@@ -265,7 +261,7 @@ def test_a_singular_gram_still_compresses(calibrated):
     x = torch.randn(2, HIDDEN, dtype=torch.float64)
     singular = replace(stats.layers[name], gram_gate_up=(x.T @ x).expand(EXPERTS, -1, -1).contiguous())
     twin = copy_of(model)
-    compress_experts(twin, replace(stats, layers={**stats.layers, name: singular}), CompressionConfig(0.3))
+    compress_experts(twin, replace(stats, layers={**stats.layers, name: singular}), paper_config(0.3))
     assert all(bool(p.isfinite().all()) for p in twin.parameters())
 
 
@@ -276,7 +272,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_replaced(calibrate
     with pytest.raises(
         ValueError, match=r"weights must be finite, got NaN or infinity in down of expert 3 of model\.layers\.1"
     ):
-        compress_experts(twin, stats, CompressionConfig(0.3))
+        compress_experts(twin, stats, paper_config(0.3))
     assert not any(isinstance(m, D2MoEExperts) for m in twin.modules())
 
 
@@ -284,11 +280,11 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_replaced(calibrate
     ("config", "message"),
     [
         (
-            CompressionConfig(0.3, merge="fisher_frequency"),
+            paper_config(0.3, merge="fisher_frequency"),
             "taken for merge='fisher_frequency', got those for 'fisher'",
         ),
-        (CompressionConfig(0.3, num_bases=2), "taken for num_bases=2, got statistics for 1"),
-        (CompressionConfig(0.97), "ratio must lie between 0 and"),
+        (paper_config(0.3, num_bases=2), "taken for num_bases=2, got statistics for 1"),
+        (paper_config(0.97), "ratio must lie between 0 and"),
     ],
 )
 def test_statistics_for_other_options_are_refused(calibrated, config, message):
@@ -300,17 +296,17 @@ def test_statistics_for_other_options_are_refused(calibrated, config, message):
 def test_statistics_of_another_model_or_without_left_grams_are_refused(calibrated):
     model, stats = calibrated
     with pytest.raises(ValueError, match=r"stats must hold every MoE layer of the model, got none of model\.layers\.2"):
-        compress_experts(tiny_mixtral(num_layers=3), stats, CompressionConfig(0.3))
+        compress_experts(tiny_mixtral(num_layers=3), stats, paper_config(0.3))
     with pytest.raises(ValueError, match="needs stats taken with left_gram, got left_gram=None"):
-        compress_experts(copy_of(model), replace(stats, left_gram=None), CompressionConfig(0.3, decomposition="two_sided"))
+        compress_experts(copy_of(model), replace(stats, left_gram=None), paper_config(0.3, decomposition="two_sided"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_compress(calibrated, dtype):
     model, _ = calibrated
     twin = copy_of(model).to(dtype)
-    stats = calibrate(twin, [token_ids(8, 32)])
-    compress_experts(twin, stats, CompressionConfig(0.3))
+    stats = calibrate(twin, [token_ids(8, 32)], merge="fisher")
+    compress_experts(twin, stats, paper_config(0.3))
     assert find_module(twin).down_base.dtype == dtype
     with torch.no_grad():
         assert bool(twin(input_ids=token_ids(1, 16)).logits.isfinite().all())
@@ -321,11 +317,11 @@ def test_the_public_compress_refuses_compressed_and_patched_models(calibrated):
     twin = copy_of(model)
     d2moe_ext.patch_model(twin)
     with pytest.raises(ValueError, match="the model must not be patched, got a patched one"):
-        d2moe_ext.compress(twin, stats, CompressionConfig(0.3))
+        d2moe_ext.compress(twin, stats, paper_config(0.3))
     d2moe_ext.unpatch_model(twin)
-    d2moe_ext.compress(twin, stats, CompressionConfig(0.3))
+    d2moe_ext.compress(twin, stats, paper_config(0.3))
     with pytest.raises(ValueError, match="the model must be neither compressed nor quantized, got one with d2moe"):
-        d2moe_ext.compress(twin, stats, CompressionConfig(0.3))
+        d2moe_ext.compress(twin, stats, paper_config(0.3))
 
 
 def test_a_failure_to_factor_names_the_operator(calibrated):
@@ -337,5 +333,5 @@ def test_a_failure_to_factor_names_the_operator(calibrated):
     broken = replace(layer, gram_gate_up=1e3 * indefinite.expand(EXPERTS, -1, -1).contiguous())
     twin = copy_of(model)
     with pytest.raises(RuntimeError, match="whitened_svd: gram must be positive semi-definite"):
-        compress_experts(twin, replace(stats, layers={**stats.layers, name: broken}), CompressionConfig(0.3))
+        compress_experts(twin, replace(stats, layers={**stats.layers, name: broken}), paper_config(0.3))
     assert not any(isinstance(m, D2MoEExperts) for m in twin.modules())

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paper_config import paper_config
 from test_calibration import VOCABULARY, tiny_mixtral, token_ids
 
 from d2moe_ext.calibration import calibrate
 from d2moe_ext.compress import compress_experts
-from d2moe_ext.config import CompressionConfig
 from d2moe_ext.evaluate import (
     _batches,
     _windows,
@@ -35,8 +35,8 @@ def model():
 @pytest.fixture(scope="module")
 def compressed():
     model = tiny_mixtral()
-    stats = calibrate(model, [token_ids(8, 32)], merge="mean")
-    compress_experts(model, stats, CompressionConfig(0.2, preset="throughput", merge="mean"))
+    stats = calibrate(model, [token_ids(8, 32)], merge="mean", left_gram=None)
+    compress_experts(model, stats, paper_config(0.2, preset="throughput", merge="mean"))
     return model
 
 

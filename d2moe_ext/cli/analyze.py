@@ -70,7 +70,7 @@ def _analyze(network: PreTrainedModel, batches: list[Tensor], offload_folder: Pa
 
     with common.progress_bar() as progress:
         # Bases are plain means here, so the forward pass alone will do.
-        stats = calibrate(network, batches, merge="mean", offload_folder=offload_folder, progress=progress)
+        stats = calibrate(network, batches, merge="mean", left_gram=None, offload_folder=offload_folder, progress=progress)
         layers = analyze_layers(network, stats, progress)
     advice = advise(layers, model_shapes(network))
     return {"layers": [layer.to_dict() for layer in layers], "advice": advice.to_dict()}

@@ -10,12 +10,14 @@ import typer
 
 from d2moe_ext.cli import common
 from d2moe_ext.cli.options import (
+    AlternationsOption,
     BasesOption,
     BatchSizeOption,
     CalibrationOption,
     CountOption,
     DecompositionOption,
     DtypeOption,
+    DynamicPruningOption,
     FoldOption,
     JointOption,
     JsonOption,
@@ -49,7 +51,7 @@ def compress_command(
     model: ModelArgument,
     out: OutArgument,
     ratio: RatioOption,
-    preset: PresetOption = "performance",
+    preset: PresetOption = "quality",
     base_sparsity: SparsityOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = 128,
@@ -57,11 +59,13 @@ def compress_command(
     batch_size: BatchSizeOption = 8,
     seed: SeedOption = 0,
     count: CountOption = "stored",
-    merge: MergeOption = "fisher",
-    decomposition: DecompositionOption = "whitened",
-    ranks: RanksOption = "uniform",
-    fold: FoldOption = True,
-    joint_gate_up: JointOption = False,
+    merge: MergeOption = None,
+    decomposition: DecompositionOption = None,
+    ranks: RanksOption = None,
+    fold: FoldOption = None,
+    joint_gate_up: JointOption = None,
+    alternations: AlternationsOption = None,
+    dynamic_pruning: DynamicPruningOption = None,
     num_bases: BasesOption = 1,
     offload_folder: OffloadOption = None,
     dtype: DtypeOption = "auto",
@@ -69,10 +73,28 @@ def compress_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compress MODEL into the directory OUT, which appears complete or not at all."""
+    """Compress MODEL into the directory OUT, which appears complete or not at all.
+
+    Presets: quality whitens deltas from both sides, gives columns and ranks where they count most, and fits bases and
+    deltas to each other. performance and throughput are the paper's pipeline with 10 % and 60 % of the base's columns
+    pruned. The options below change single choices of a preset.
+    """
     from d2moe_ext.config import CompressionConfig
 
-    config = CompressionConfig(ratio, preset, base_sparsity, count, merge, decomposition, ranks, fold, joint_gate_up, num_bases)
+    config = CompressionConfig(
+        ratio=ratio,
+        preset=preset,
+        base_sparsity=base_sparsity,
+        count=count,
+        merge=merge,  # type: ignore[arg-type]  # None takes the preset's, here and below
+        decomposition=decomposition,  # type: ignore[arg-type]
+        ranks=ranks,  # type: ignore[arg-type]
+        fold=fold,  # type: ignore[arg-type]
+        joint_gate_up=joint_gate_up,  # type: ignore[arg-type]
+        alternations=alternations,  # type: ignore[arg-type]
+        dynamic_pruning=dynamic_pruning,  # type: ignore[arg-type]
+        num_bases=num_bases,
+    )
     text = None if calibration is None else common.read_text("--calibration", calibration)
     common.check_model(model)
     out = out.expanduser().resolve()

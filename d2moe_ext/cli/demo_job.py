@@ -17,15 +17,16 @@ from d2moe_ext import hf
 from d2moe_ext.calibration import CalibrationStats, calibrate
 from d2moe_ext.cli.common import ProgressCallback, calibration_batches, longest_sequence, token_stream, weight_bytes
 from d2moe_ext.cli.output import complete_directory
-from d2moe_ext.config import CompressionConfig, Decomposition, Merge
+from d2moe_ext.config import CompressionConfig
 from d2moe_ext.evaluate import Speed, generate_tokens, measure_speed, perplexity
 from d2moe_ext.text import python_documents, python_text
 
 RATIOS = (0.4, 0.6)
-# The method, and the simplest thing it must beat at equal bytes.
-METHODS: dict[str, tuple[Merge, Decomposition]] = {
-    "Fisher + whitened SVD": ("fisher", "whitened"),
-    "mean + plain SVD": ("mean", "plain"),
+# The default, the paper's pipeline, and the simplest thing both must beat at equal bytes.
+METHODS: dict[str, dict[str, Any]] = {
+    "quality": {},
+    "performance": {"preset": "performance"},
+    "mean + plain SVD": {"preset": "performance", "merge": "mean", "decomposition": "plain"},
 }
 SEED = 0
 PROMPT = "A class that"
@@ -150,7 +151,7 @@ def run_demo(
     start = time.perf_counter()
     tokens = token_stream(tokenizer, python_text("calibration"))
     batches = calibration_batches(tokens, sizes.calibration_windows, sizes.window, batch_size=8, seed=SEED)
-    stats = calibrate(model, batches, progress=progress)
+    stats = calibrate(model, batches, merge="fisher", progress=progress)
     demo = _Demo(tokenizer, heldout_tokens(tokenizer, sizes.heldout_tokens), sizes, progress)
     rows: list[DemoRow] = []
     for label, directory, plan in _compressed_copies(model, tokenizer, stats, out, progress):
@@ -177,12 +178,12 @@ def _compressed_copies(
 ) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Label, directory and plan of each compressed copy, once it is saved."""
     for ratio in RATIOS:
-        for method, (merge, decomposition) in METHODS.items():
+        for method, options in METHODS.items():
             label = f"{ratio}: {method}"
             copied = copy.deepcopy(model)
-            config = CompressionConfig(ratio=ratio, merge=merge, decomposition=decomposition)
+            config = CompressionConfig(ratio=ratio, **options)
             report = hf.compress(copied, stats, config, progress=_of(label, progress))
-            directory = out / f"ratio-{ratio}-{merge}-{decomposition}"
+            directory = out / f"ratio-{ratio}-{config.preset}-{config.merge}"
             with complete_directory(directory) as partial:
                 copied.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)

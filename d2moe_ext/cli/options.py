@@ -12,16 +12,27 @@ from d2moe_ext.config import Count, Decomposition, Merge, Preset, Ranks
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory or its name on the hub.")]
 RatioOption = Annotated[float, typer.Option(help="Parameters to remove, as a share of the whole model's.")]
-PresetOption = Annotated[Preset, typer.Option(help="The base's pruned columns: 10 % (performance) or 60 % (throughput).")]
-SparsityOption = Annotated[float | None, typer.Option(help="The base's pruned columns as a share, in place of the preset's.")]
+PresetOption = Annotated[
+    Preset, typer.Option(help="What lost least at equal bytes, or the paper's pipeline for quality or for speed; see below.")
+]
+SparsityOption = Annotated[
+    float | None, typer.Option(help="The share of the base's columns to prune; quality compares several.")
+]
 CountOption = Annotated[
     Count, typer.Option(help="Count what the file holds, or as the paper does, without dynamically pruned columns.")
 ]
-MergeOption = Annotated[Merge, typer.Option(help="What weighs the experts in their shared base.")]
-DecompositionOption = Annotated[Decomposition, typer.Option(help="What the deltas' SVD is whitened with.")]
-RanksOption = Annotated[Ranks, typer.Option(help="One share for every delta, or chosen across the whole model.")]
-FoldOption = Annotated[bool, typer.Option("--fold/--no-fold", help="Let the deltas repair what pruning removed.")]
-JointOption = Annotated[bool, typer.Option("--joint-gate-up", help="One delta for gate and up together.")]
+MergeOption = Annotated[Merge | None, typer.Option(help="What weighs the experts in their shared base.")]
+DecompositionOption = Annotated[Decomposition | None, typer.Option(help="What the deltas' SVD is whitened with.")]
+RanksOption = Annotated[Ranks | None, typer.Option(help="One share for every delta, or chosen across the whole model.")]
+FoldOption = Annotated[bool | None, typer.Option("--fold/--no-fold", help="Let the deltas repair what pruning removed.")]
+JointOption = Annotated[
+    bool | None, typer.Option("--joint-gate-up/--separate-gate-up", help="One delta for gate and up together, or one each.")
+]
+AlternationsOption = Annotated[int | None, typer.Option(help="How often bases are refitted to the truncated deltas.")]
+DynamicPruningOption = Annotated[
+    bool | None,
+    typer.Option("--dynamic-pruning/--static-pruning", help="Prune half of the columns per batch, or all of them for good."),
+]
 BasesOption = Annotated[int, typer.Option(help="Bases per projection.")]
 CalibrationOption = Annotated[Path | None, typer.Option(help="A UTF-8 text file; without it, text that comes with Python.")]
 SamplesOption = Annotated[int, typer.Option(help="Calibration windows, drawn at random.")]

@@ -27,16 +27,20 @@ if TYPE_CHECKING:
 def plan_command(
     model: Annotated[str, typer.Argument(metavar="CONFIG_OR_MODEL", help="A config.json, a model's directory or its name.")],
     ratio: RatioOption,
-    preset: PresetOption = "performance",
+    preset: PresetOption = "quality",
     base_sparsity: SparsityOption = None,
     count: CountOption = "stored",
-    joint_gate_up: JointOption = False,
+    joint_gate_up: JointOption = None,
     num_bases: BasesOption = 1,
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print ranks, kept columns and costs before and after. No weight is read."""
+    """Print ranks, kept columns and costs before and after. No weight is read.
+
+    The quality preset's ranks and columns depend on calibration; here stand equal ranks and a share of columns that fits,
+    and what comes out has the same size.
+    """
     from d2moe_ext.config import CompressionConfig
 
     config = CompressionConfig(
@@ -44,7 +48,7 @@ def plan_command(
         preset=preset,
         base_sparsity=base_sparsity,
         count=count,
-        joint_gate_up=joint_gate_up,
+        joint_gate_up=joint_gate_up,  # type: ignore[arg-type]  # None takes the preset's
         num_bases=num_bases,
     )
     plan = _plan(common.load_config(model, trust_remote_code), config, dtype, trust_remote_code)
