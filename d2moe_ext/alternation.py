@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# 4 and 8 steps gave the same perplexities: the next alternation takes up what is left (2026-11-22, both models of docs/quality.md).
+# 4 and 8 steps gave the same perplexities on both models of docs/quality.md (2026-11-22, selection text): the next alternation
+# takes up what is left.
 CONJUGATE_GRADIENT_STEPS = 2
 
 

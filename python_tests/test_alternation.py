@@ -1,5 +1,7 @@
 """Alternating bases and deltas: the base's step against a direct solve, and the error that may only fall."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_calibration import tiny_mixtral, token_ids
@@ -132,7 +134,7 @@ def test_every_truncation_and_every_refit_lowers_the_same_error(calibrated, opti
     for _ in range(4):
         left_out.append(compressor.alternate(""))
         left_out.append(_tail(compressor))
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(left_out, left_out[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(left_out))
     assert left_out[-1] < 0.97 * left_out[0]
 
 
