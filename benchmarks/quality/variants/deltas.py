@@ -124,7 +124,7 @@ class SharedFactors:
 
     @staticmethod
     def _left(layer: Layer, deltas: Tensor, grams: list[Tensor], rank: int) -> Tensor:
-        tokens = layer.stats.tokens.double().clamp_min(1)  # the largest Grams would otherwise be all there is of unused experts
+        tokens = layer.stats.tokens.double().clamp_min(1)  # an expert that saw none still has a say
         total = sum(n * delta @ gram @ delta.T for n, delta, gram in zip(tokens, deltas, grams, strict=True))
         assert isinstance(total, Tensor)
         return torch.linalg.eigh(total).eigenvectors.flip(1)[:, :rank]
