@@ -76,6 +76,7 @@ class Share:
 ORDERS = (
     Order("Fisher < frequency ≤ mean", ("paper", "paper, frequency", "paper, mean"), ("<", "≤")),
     Order("whitened < activation-aware < plain", ("paper", "paper, activation-aware", "paper, plain"), ("<", "<")),
+    Order("semi-dynamic ≤ static", ("paper", "base: static"), ("≤",)),
     *(Order(f"default < {rival}", ("default", rival), ("<",)) for rival in BASELINES),
 )
 SHARES = (

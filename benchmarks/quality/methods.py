@@ -2,123 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import Any
+from benchmarks.baselines import BASELINES
+from benchmarks.quality.package_methods import PAPER_OPTIONS, package_method, paper_method, round_stored, stored_bytes
+from benchmarks.quality.variants import PAPER_VARIANTS
+from benchmarks.study import Method
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from benchmarks.study import FLOAT_BYTES, INDEX_BYTES, Calibration, Method, byte_budget, stored
-from d2moe_ext.budget import plan_compression
-from d2moe_ext.calibration import CalibrationStats, LeftGram, calibrate
-from d2moe_ext.compress import compress_experts
-from d2moe_ext.config import CompressionConfig
-from d2moe_ext.experts import D2MoEExperts
-from d2moe_ext.hf import patch_model
-from d2moe_ext.shapes import model_shapes
-
-# The paper's pipeline: every other method's rise is also shown as a share of its.
-PAPER_OPTIONS: dict[str, Any] = {
-    "base_sparsity": 0.1,
-    "merge": "fisher",
-    "decomposition": "whitened",
-    "ranks": "uniform",
-    "fold": False,
-    "joint_gate_up": False,
-    "num_bases": 1,
-}
-
-
-def package_method(*, version: int = 1, **options: Any) -> Method:
-    """The package's own compression as a method.
-
-    The experts are compressed in float32, then everything is rounded as a bfloat16 file would; dynamic pruning is on and
-    the native operators run the forward.
-
-    Args:
-        version: raised by hand where what the options mean has changed, so that results are measured anew.
-        options: of :class:`d2moe_ext.config.CompressionConfig`, but for the ratio.
-    """
-
-    def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
-        config = _within_budget(model, CompressionConfig(ratio, **options))
-        compress_experts(model, _stats_for(model, calibration, config), config)
-        round_stored(model)
-        patch_model(model)
-        return stored_bytes(model)
-
-    method.version = version  # type: ignore[attr-defined]  # read by method_version
-    return method
-
-
-def paper_method(**changes: Any) -> Method:
-    """The paper's pipeline with some of its options changed."""
-    return package_method(**(PAPER_OPTIONS | changes))
-
-
-def _within_budget(model: PreTrainedModel, config: CompressionConfig) -> CompressionConfig:
-    """``config`` with its ratio raised by what the study counts and the package does not: the second half of an index.
-
-    The package counts parameters, and an index as one of them; the study counts bytes, two per float and four per index.
-    """
-    plan = plan_compression(model_shapes(model), config)
-    extra = sum(layer.index_elements for layer in plan.layers) * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
-    allowed = byte_budget(model, config.ratio) // FLOAT_BYTES - extra
-    # The half keeps the rounding of 1 - ratio from losing a whole parameter.
-    ratio = 1 - (allowed + 0.5) / plan.model.total_parameters
-    return CompressionConfig(**(config.to_dict() | {"ratio": ratio}))
-
-
-class _OtherStats:
-    """Statistics of the shared sequences for options that the shared ones do not serve, kept for the next ratio."""
-
-    def __init__(self) -> None:
-        self.kept: tuple[Calibration, tuple[object, ...], CalibrationStats] | None = None
-
-    def take(self, model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
-        left_gram: LeftGram | None = "full" if config.decomposition == "two_sided" else None
-        options = (config.merge, config.num_bases, left_gram)
-        if self.kept is None or self.kept[0] is not calibration or self.kept[1] != options:
-            self.kept = None  # these are the largest tensors of a study: never two sets of them
-            stats = calibrate(model, calibration.batches, merge=config.merge, num_bases=config.num_bases, left_gram=left_gram)
-            self.kept = (calibration, options, stats)
-        return self.kept[2]
-
-
-_OTHER_STATS = _OtherStats()
-
-
-def _stats_for(model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
-    """The shared statistics, or others of the same sequences."""
-    stats = calibration.stats
-    if config.num_bases == stats.num_bases and (config.merge == stats.merge or not config.merge.startswith("fisher")):
-        return stats
-    return _OTHER_STATS.take(model, calibration, config)
-
-
-@torch.no_grad()
-def round_stored(model: nn.Module) -> None:
-    """Round every parameter as a bfloat16 file would, in place; the model stays float32."""
-    for parameter in model.parameters():
-        parameter.copy_(stored(parameter))
-    for module in model.modules():
-        if isinstance(module, D2MoEExperts):
-            module.refresh_column_norms()
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of a model's file without headers, from its own tensors: 2 per float, tied ones once, and 4 per index."""
-    floats = sum(parameter.numel() for parameter in model.parameters())
-    indices = sum(
-        tensor.numel()
-        for module in model.modules()
-        if isinstance(module, D2MoEExperts)
-        for tensor in module.state_dict().values()
-        if tensor.dtype == torch.int32
-    )
-    return FLOAT_BYTES * floats + INDEX_BYTES * indices
+__all__ = [
+    "BASELINES",
+    "PAPER_OPTIONS",
+    "PAPER_VARIANTS",
+    "all_methods",
+    "package_method",
+    "paper_method",
+    "round_stored",
+    "stored_bytes",
+]
 
 
 def _own_methods() -> dict[str, Method]:
@@ -142,15 +40,9 @@ def _own_methods() -> dict[str, Method]:
     }
 
 
-def _methods_of(module: str, name: str) -> dict[str, Method]:
-    """The registry ``name`` of ``module``, empty where the checkout has no such module."""
-    if importlib.util.find_spec(module) is None:
-        return {}
-    return getattr(importlib.import_module(module), name)
-
-
-VARIANTS = _methods_of("benchmarks.quality.variants", "VARIANTS")
-BASELINES = _methods_of("benchmarks.baselines", "BASELINES")
+# A further registry (methods beyond the paper, say) is added to this tuple, and nowhere else. It builds on package_methods:
+# this module imports it, not the other way round.
+_REGISTRIES: tuple[dict[str, Method], ...] = (_own_methods(), PAPER_VARIANTS, BASELINES)
 
 
 def all_methods() -> dict[str, Method]:
@@ -160,7 +52,7 @@ def all_methods() -> dict[str, Method]:
         ValueError: two registries use the same name.
     """
     methods: dict[str, Method] = {}
-    for registry in (_own_methods(), VARIANTS, BASELINES):
+    for registry in _REGISTRIES:
         for name, method in registry.items():
             if name in methods:
                 raise ValueError(f"quality: a method's name must be used once, got {name!r} twice.")

@@ -71,14 +71,74 @@ PARTS: dict[str, Part] = {
     ),
     "merge": Part(
         "How the experts are merged",
-        "Follows the paper's Table 5.",
-        (Line("paper", "Fisher"), *_lines("paper, n·Fisher", "paper, frequency", "paper, mean")),
+        "Follows the paper's Table 5. TIES takes its task vectors from the experts' plain mean, as they have no pretrained "
+        "ancestor; RegMean is solved in float64, with the off-diagonals of its Grams scaled by 0.9.",
+        (
+            Line("paper", "Fisher"),
+            *_lines("paper, n·Fisher", "paper, frequency", "paper, mean"),
+            Line("merge: TIES", "TIES"),
+            Line("merge: RegMean", "RegMean"),
+        ),
+        TWO_RATIOS,
+    ),
+    "base": Part(
+        "How the base is stored",
+        "Follows the paper's Table 6. Static prunes for good what the paper prunes half for good and half per batch, so it "
+        "stores fewer columns and its deltas get the difference; the truncated SVD has as many parameters as semi-dynamic.",
+        (
+            Line("paper", "semi-dynamic"),
+            Line("base: static", "static"),
+            Line("base: truncated SVD", "truncated SVD"),
+            Line("base: unpruned", "unpruned"),
+        ),
         TWO_RATIOS,
     ),
     "decomposition": Part(
-        "How the deltas are decomposed",
-        "Follows the paper's Table 6.",
-        (Line("paper", "whitened"), *_lines("paper, activation-aware", "paper, plain")),
+        "How the deltas are stored",
+        "Follows the paper's Table 6. Magnitude pruning keeps whole columns, as single elements would each need an index.",
+        (
+            Line("paper", "whitened SVD"),
+            Line("paper, activation-aware", "activation-aware SVD"),
+            Line("paper, plain", "plain SVD"),
+            Line("delta: magnitude pruning", "magnitude pruning"),
+        ),
+        TWO_RATIOS,
+    ),
+    "split": Part(
+        "What the base gets and what the deltas",
+        "Follows the paper's Table 7: the share s of the base's columns that is pruned, half of it per batch; what the base "
+        "does not store the deltas do.",
+        (
+            Line("base: unpruned", "s = 0.0"),
+            Line("paper", "s = 0.1"),
+            *(Line(f"split: s = {sparsity}", f"s = {sparsity}") for sparsity in (0.2, 0.4, 0.6, 0.8)),
+        ),
+        TWO_RATIOS,
+    ),
+    "trim": Part(
+        "Trimming the deltas of little-used experts",
+        "Follows the paper's Figure 4: the experts of each layer with the fewest calibration tokens lose their deltas. Here "
+        "the freed bytes go to the other experts' ranks, in single steps, where the paper lets the ratio rise.",
+        (Line("paper", "none"), *(Line(f"trim: {count}", f"{count} per layer") for count in (1, 2, 4, 6))),
+        TWO_RATIOS,
+    ),
+    "factors": Part(
+        "Factors shared between experts",
+        "Follows the paper's Table 11, with the parameters saved spent on rank: one V for all experts of a layer from their "
+        "mean Gram, one U weighed by tokens, and both with a small matrix per expert between them.",
+        (
+            Line("paper", "own U, own V"),
+            Line("factors: shared V", "shared V"),
+            Line("factors: merged U", "merged U"),
+            Line("factors: shared V, merged U", "shared V, merged U"),
+        ),
+        TWO_RATIOS,
+    ),
+    "layers": Part(
+        "Ranks by the layers' sensitivity",
+        "Follows the paper's Figure 6: ranks in proportion to the square root of what compressing each layer alone adds to the "
+        "loss on calibration text, at the same total bytes.",
+        (Line("paper", "the same everywhere"), Line("layers: adaptive", "by sensitivity")),
         TWO_RATIOS,
     ),
     "samples": Part(

@@ -1,0 +1,121 @@
+"""The package's own compression as a method of the study; everything that compares with it starts here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.study import FLOAT_BYTES, INDEX_BYTES, Calibration, Method, byte_budget, stored
+from d2moe_ext.budget import plan_compression
+from d2moe_ext.calibration import CalibrationStats, LeftGram, calibrate
+from d2moe_ext.compress import compress_experts
+from d2moe_ext.config import CompressionConfig
+from d2moe_ext.experts import D2MoEExperts
+from d2moe_ext.hf import patch_model
+from d2moe_ext.shapes import model_shapes
+
+# The paper's pipeline: every other method's rise is also shown as a share of its.
+PAPER_OPTIONS: dict[str, Any] = {
+    "base_sparsity": 0.1,
+    "merge": "fisher",
+    "decomposition": "whitened",
+    "ranks": "uniform",
+    "fold": False,
+    "joint_gate_up": False,
+    "alternations": 0,
+    "dynamic_pruning": True,
+    "num_bases": 1,
+}
+
+
+def package_method(*, version: int = 1, **options: Any) -> Method:
+    """The package's own compression as a method.
+
+    The experts are compressed in float32, then everything is rounded as a bfloat16 file would; dynamic pruning is on and
+    the native operators run the forward.
+
+    Args:
+        version: raised by hand where what the options mean has changed, so that results are measured anew.
+        options: of :class:`d2moe_ext.config.CompressionConfig`, but for the ratio.
+    """
+
+    def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
+        config = _within_budget(model, CompressionConfig(ratio, **options))
+        compress_experts(model, stats_for(model, calibration, config), config)
+        round_stored(model)
+        patch_model(model)
+        return stored_bytes(model)
+
+    method.version = version  # type: ignore[attr-defined]  # read by method_version
+    return method
+
+
+def paper_method(**changes: Any) -> Method:
+    """The paper's pipeline with some of its options changed."""
+    return package_method(**(PAPER_OPTIONS | changes))
+
+
+def _within_budget(model: PreTrainedModel, config: CompressionConfig) -> CompressionConfig:
+    """``config`` with its ratio raised by what the study counts and the package does not: the second half of an index.
+
+    The package counts parameters, and an index as one of them; the study counts bytes, two per float and four per index.
+    """
+    plan = plan_compression(model_shapes(model), config)
+    extra = sum(layer.index_elements for layer in plan.layers) * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
+    allowed = byte_budget(model, config.ratio) // FLOAT_BYTES - extra
+    # The half keeps the rounding of 1 - ratio from losing a whole parameter.
+    ratio = 1 - (allowed + 0.5) / plan.model.total_parameters
+    return CompressionConfig(**(config.to_dict() | {"ratio": ratio}))
+
+
+class _OtherStats:
+    """Statistics of the shared sequences for options that the shared ones do not serve, kept for the next ratio."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Calibration, tuple[object, ...], CalibrationStats] | None = None
+
+    def take(self, model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
+        left_gram: LeftGram | None = "full" if config.decomposition == "two_sided" else None
+        options = (config.merge, config.num_bases, left_gram)
+        if self.kept is None or self.kept[0] is not calibration or self.kept[1] != options:
+            self.kept = None  # these are the largest tensors of a study: never two sets of them
+            stats = calibrate(model, calibration.batches, merge=config.merge, num_bases=config.num_bases, left_gram=left_gram)
+            self.kept = (calibration, options, stats)
+        return self.kept[2]
+
+
+_OTHER_STATS = _OtherStats()
+
+
+def stats_for(model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
+    """The shared statistics, or others of the same sequences."""
+    stats = calibration.stats
+    if config.num_bases == stats.num_bases and (config.merge == stats.merge or not config.merge.startswith("fisher")):
+        return stats
+    return _OTHER_STATS.take(model, calibration, config)
+
+
+@torch.no_grad()
+def round_stored(model: nn.Module) -> None:
+    """Round every parameter as a bfloat16 file would, in place; the model stays float32."""
+    for parameter in model.parameters():
+        parameter.copy_(stored(parameter))
+    for module in model.modules():
+        if isinstance(module, D2MoEExperts):
+            module.refresh_column_norms()
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's file without headers, from its own tensors: 2 per float, tied ones once, and 4 per index."""
+    floats = sum(parameter.numel() for parameter in model.parameters())
+    indices = sum(
+        tensor.numel()
+        for module in model.modules()
+        if isinstance(module, D2MoEExperts)
+        for tensor in module.state_dict().values()
+        if tensor.dtype == torch.int32
+    )
+    return FLOAT_BYTES * floats + INDEX_BYTES * indices
