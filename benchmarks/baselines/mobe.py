@@ -30,7 +30,7 @@ from benchmarks.baselines.routing import projection_weight, projections, round_a
 from benchmarks.study import Calibration, model_parameters, stored
 from d2moe_ext.adapters import ExpertsView, find_experts
 from d2moe_ext.calibration import LayerStats
-from d2moe_ext.compress import SHRINKAGE_TOKENS
+from d2moe_ext.layer_compression import SHRINKAGE_TOKENS
 
 # Numbers of bases that are tried, as shares of the experts (0: one basis). As many bases as experts would share nothing; that
 # fit starts better than six bases of eight, and ends worse.

@@ -13,7 +13,7 @@ from benchmarks.study import stored
 from d2moe_ext import ops
 from d2moe_ext.adapters import ExpertsView
 from d2moe_ext.calibration import LayerStats
-from d2moe_ext.compress import RIDGE, shrunk_down_gram, shrunk_gate_up_gram
+from d2moe_ext.layer_compression import RIDGE, shrunk_down_gram, shrunk_gate_up_gram
 
 
 @dataclass(frozen=True)

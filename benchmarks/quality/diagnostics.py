@@ -23,9 +23,9 @@ from d2moe_ext.adapters import ExpertsView, find_experts
 from d2moe_ext.analysis import cka_matrix, energy_retention
 from d2moe_ext.budget import plan_compression
 from d2moe_ext.calibration import LayerStats
-from d2moe_ext.compress import shrunk_down_gram, shrunk_gate_up_gram
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.evaluate import perplexity
+from d2moe_ext.layer_compression import shrunk_down_gram, shrunk_gate_up_gram
 from d2moe_ext.merge import merge_experts
 from d2moe_ext.shapes import model_shapes
 
