@@ -42,7 +42,9 @@ def fix_gauge(u: Tensor, v: Tensor, largest: float = LARGEST) -> tuple[Tensor, T
         if float(fixed.abs().flatten()[place]) <= largest:
             return u @ chosen, fixed, pivots
         pivots[place // inputs] = place % inputs
-    raise RuntimeError(f"fix_gauge: the entries of V must come down to {largest:g} by exchanging pivots, got {fixed.abs().max():g}.")
+    raise RuntimeError(
+        f"fix_gauge: the entries of V must come down to {largest:g} by exchanging pivots, got {fixed.abs().max():g}."
+    )
 
 
 GAUGE_FIXED = Storage(
