@@ -9,7 +9,7 @@ Clusters are average linkage. Cost: a second base, paid for in rank; one more fo
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def rebased(
     return replace(stats, layers=layers, num_bases=num_bases)
 
 
-def clustered_method(distance: Distance, num_bases: int = 2) -> Method:
+def clustered_method(distance: Distance, num_bases: int = 2, **options: Any) -> Method:
     """The default with several bases, their experts clustered by a distance."""
 
     def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
@@ -91,6 +91,6 @@ def clustered_method(distance: Distance, num_bases: int = 2) -> Method:
                 distances = co_activation_distances(calibration.inputs[view.name].top_k_index, view.layout.num_experts)
             labels[view.name] = cluster(distances, num_bases)
         stats = rebased(model, calibration.batches, stats, labels, num_bases)
-        return compress_stored(model, stats, ratio, num_bases=num_bases)
+        return compress_stored(model, stats, ratio, num_bases=num_bases, **options)
 
     return method

@@ -1,8 +1,9 @@
 """Factors, and in a second method bases, of eight bits.
 
 Each stored row (of U, V or the base) is ``scale · q`` with q in −127..127, rounded to nearest, and one bfloat16 scale,
-rounded up so that nothing is clipped: 1 byte per entry and 2 per row. What that frees goes to rank. U is refitted in closed form
-to the quantised V (:func:`refitted`) before it is quantised itself, and the deltas are taken against the quantised base.
+rounded up so that nothing is clipped: 1 byte per entry and 2 per row. What that frees goes to rank. U is refitted in
+closed form to the quantised V (:func:`refitted`) before it is quantised itself, and the deltas are taken against the
+quantised base.
 Cost: the forward dequantises. Rows of U are those of the file: one per rank, ``[r, out]``.
 """
 

@@ -16,6 +16,7 @@ then the target. Cost: the alternations twice, and a forward pass as far as each
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -66,10 +67,8 @@ def arrivals(model: PreTrainedModel, batches: Sequence[Tensor], view: ExpertsVie
 
     with view.intercept(keep):
         for ids in batches:
-            try:
+            with suppress(_Reached):
                 model(input_ids=ids, use_cache=False)
-            except _Reached:
-                pass
     return Arrivals(*(torch.cat(parts) for parts in zip(*calls, strict=True)))
 
 
@@ -124,7 +123,7 @@ class LayerFit:
             pooled_sample=self.prefix_x[:POOLED_SAMPLE],
         )
 
-    def retarget_gate_up(self, shrinkage: int = TARGET_SHRINKAGE) -> None:
+    def retarget_gate_up(self, shrinkage: float = TARGET_SHRINKAGE) -> None:
         """``W'`` of gate and up, from the layer's inputs."""
         grams = self.stats.gram_gate_up
         anchor = _anchor(shrinkage * grams.sum(0) / max(int(self.stats.tokens.sum()), 1))
@@ -134,7 +133,7 @@ class LayerFit:
                 weight = self.targets["gate_up"][expert]
                 self.targets["gate_up"][expert] = carried_over(weight, cross, grams[expert], anchor)
 
-    def retarget_down(self, compressed: list[Tensor], shrinkage: int = TARGET_SHRINKAGE) -> None:
+    def retarget_down(self, compressed: list[Tensor], shrinkage: float = TARGET_SHRINKAGE) -> None:
         """``W'`` and ``Ĝ`` of down, from what each expert's compressed gate and up ``[R, H]`` make of its inputs."""
         for expert, token in enumerate(self.tokens):
             if not len(token):
@@ -170,7 +169,7 @@ def _gate_up(layer: StoredLayer, expert: int, factors: dict[str, tuple[Tensor, T
 
 
 def compress_layer(
-    fit: LayerFit, prepared: StoredLayer, within: bool = True, shrinkage: int = TARGET_SHRINKAGE
+    fit: LayerFit, prepared: StoredLayer, within: bool = True, shrinkage: float = TARGET_SHRINKAGE
 ) -> D2MoEExperts:
     """One layer at its planned ranks: gate and up first, then down on what they compute.
 
@@ -210,7 +209,7 @@ def compress_sequentially(
     layer_class: type[StoredLayer] = StoredLayer,
     routing: Routing = "teacher",
     within: bool = True,
-    shrinkage: int = TARGET_SHRINKAGE,
+    shrinkage: float = TARGET_SHRINKAGE,
     **options: Any,
 ) -> int:
     """Compress ``model`` in place, layer by layer on its own compressed prefix; returns its stored bytes."""

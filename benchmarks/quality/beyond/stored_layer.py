@@ -50,7 +50,9 @@ class StoredLayer(LayerCompressor):
 
 
 def refitted(delta: Tensor, v: Tensor, gram: Tensor) -> Tensor:
-    """The best ``U`` for a given ``V``: ``U = Δ G Vᵀ (V G Vᵀ)⁻¹`` minimises ``‖(Δ − U V) G^½‖`` row by row, so for any left Gram.
+    """The best ``U`` for a given ``V``: ``U = Δ G Vᵀ (V G Vᵀ)⁻¹``.
+
+    It minimises ``‖(Δ − U V) G^½‖`` row by row, and so for any left Gram.
 
     Args:
         delta: ``[out, in]`` float64.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -103,11 +103,11 @@ def weighted_stats(
     return replace(stats, layers={name: grams[name].taken(layer) for name, layer in stats.layers.items()})
 
 
-def weighted_method(weighting: Weighting) -> Method:
+def weighted_method(weighting: Weighting, **options: Any) -> Method:
     """The default on weighted right Grams and diagonal left ones."""
 
     def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
         stats = weighted_stats(model, calibration.batches, diagonal(calibration.stats), weighting)
-        return compress_stored(model, stats, ratio)
+        return compress_stored(model, stats, ratio, **options)
 
     return method
