@@ -15,6 +15,9 @@ BEYOND: dict[str, Method] = {
     "stored as compressed": stored_method(),
     "sequential": sequential_method(),
     "sequential, prefix routing": sequential_method(routing="prefix"),
+    # So much shrinkage that the targets are the weights themselves: only the Grams are the prefix's.
+    "sequential, Grams only": sequential_method(shrinkage=1e9),
+    "sequential, gauge-fixed factors": sequential_method(GAUGE_FIXED, GaugeFixedLayer),
     "sequential, refit U": sequential_method(layer_class=RefittedLayer),
     "refit U": stored_method(layer_class=RefittedLayer),
     "gauge-fixed factors": stored_method(GAUGE_FIXED, GaugeFixedLayer),

@@ -4,7 +4,8 @@ Column-pivoted QR picks r columns P of each expert's V; with ``A = V[:, P]``, ``
 as it is, and ``(A⁻¹V)[:, P] = I``. Stored are ``r(m + n − r)`` floats and r pivots of 4 bytes, for ``r(m + n)`` floats; what
 that frees goes to rank. Entries of ``A⁻¹V`` may grow: above LARGEST, the largest entry's column takes its row's pivot
 (which multiplies ``|det A|`` by that entry), until none is. Cost: a pivoted QR and an ``r x r`` solve per delta; in the
-forward V's identity part is a gather. U is refitted after V is rounded.
+forward V's identity part is a gather. U is refitted after V is rounded. (On the two models of the study no entry lay
+above 1.6, at ranks 32 and 96 of the first and last layers.)
 """
 
 from __future__ import annotations
