@@ -173,8 +173,8 @@ def demo_tables(result: dict[str, Any]) -> RenderableType:
         table.add_row(row["label"], *sizes, f"{row['perplexity']:.3f}", *speeds)
     notes = Text(
         f"Perplexity over {result['tokens']:,} held-out tokens in windows of {result['window']}; compressed models "
-        f"with dynamic pruning where the preset has it. Calibrated on {result['calibration_tokens']:,} tokens. Speed at batch 1: "
-        f"the uncompressed model as transformers runs it, compressed ones through patch_model. "
+        f"with dynamic pruning where the preset has it. Calibrated on {result['calibration_tokens']:,} tokens. Speed at "
+        f"batch 1: the uncompressed model as transformers runs it, compressed ones through patch_model. "
         f"{result['seconds']:.0f} s in all."
     )
     passages = [

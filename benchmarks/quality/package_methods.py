@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.study import FLOAT_BYTES, INDEX_BYTES, Calibration, Method, byte_budget, stored
-from d2moe_ext.budget import plan_compression
+from d2moe_ext.budget import SPARSITIES_TRIED, without_deltas
 from d2moe_ext.calibration import CalibrationStats, LeftGram, calibrate
 from d2moe_ext.compress import compress_experts
 from d2moe_ext.config import CompressionConfig
@@ -31,20 +32,21 @@ PAPER_OPTIONS: dict[str, Any] = {
 }
 
 
-def package_method(*, version: int = 1, **options: Any) -> Method:
+def package_method(*, version: int = 1, left_gram: LeftGram = "diagonal", **options: Any) -> Method:
     """The package's own compression as a method.
 
-    The experts are compressed in float32, then everything is rounded as a bfloat16 file would; dynamic pruning is on and
-    the native operators run the forward.
+    The experts are compressed in float32, then everything is rounded as a bfloat16 file would; dynamic pruning is as the
+    options say and the native operators run the forward.
 
     Args:
         version: raised by hand where what the options mean has changed, so that results are measured anew.
+        left_gram: what two-sided deltas are whitened with: the command line takes the diagonal.
         options: of :class:`d2moe_ext.config.CompressionConfig`, but for the ratio.
     """
 
     def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
         config = _within_budget(model, CompressionConfig(ratio, **options))
-        compress_experts(model, stats_for(model, calibration, config), config)
+        compress_experts(model, stats_for(model, calibration, config, left_gram), config)
         round_stored(model)
         patch_model(model)
         return stored_bytes(model)
@@ -63,11 +65,14 @@ def _within_budget(model: PreTrainedModel, config: CompressionConfig) -> Compres
 
     The package counts parameters, and an index as one of them; the study counts bytes, two per float and four per index.
     """
-    plan = plan_compression(model_shapes(model), config)
-    extra = sum(layer.index_elements for layer in plan.layers) * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
+    # Where compression chooses the columns, the longest lists of them are allowed for.
+    sparsity = SPARSITIES_TRIED[1] if config.base_sparsity is None else config.base_sparsity
+    shapes = model_shapes(model)
+    layers = [without_deltas(layer, replace(config, base_sparsity=sparsity)) for layer in shapes.layers]
+    extra = sum(layer.index_elements for layer in layers) * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
     allowed = byte_budget(model, config.ratio) // FLOAT_BYTES - extra
     # The half keeps the rounding of 1 - ratio from losing a whole parameter.
-    ratio = 1 - (allowed + 0.5) / plan.model.total_parameters
+    ratio = 1 - (allowed + 0.5) / shapes.total_parameters
     return CompressionConfig(**(config.to_dict() | {"ratio": ratio}))
 
 
@@ -77,8 +82,9 @@ class _OtherStats:
     def __init__(self) -> None:
         self.kept: tuple[Calibration, tuple[object, ...], CalibrationStats] | None = None
 
-    def take(self, model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
-        left_gram: LeftGram | None = "full" if config.decomposition == "two_sided" else None
+    def take(
+        self, model: PreTrainedModel, calibration: Calibration, config: CompressionConfig, left_gram: LeftGram | None
+    ) -> CalibrationStats:
         options = (config.merge, config.num_bases, left_gram)
         if self.kept is None or self.kept[0] is not calibration or self.kept[1] != options:
             self.kept = None  # these are the largest tensors of a study: never two sets of them
@@ -90,12 +96,24 @@ class _OtherStats:
 _OTHER_STATS = _OtherStats()
 
 
-def stats_for(model: PreTrainedModel, calibration: Calibration, config: CompressionConfig) -> CalibrationStats:
+def diagonal(stats: CalibrationStats) -> CalibrationStats:
+    """Statistics with their left Grams reduced to the diagonal, as the command line takes them."""
+    layers = {
+        name: replace(layer, left_gram={g: b.diagonal(dim1=1, dim2=2).contiguous() for g, b in layer.left_gram.items()})
+        for name, layer in stats.layers.items()
+    }
+    return replace(stats, layers=layers, left_gram="diagonal")
+
+
+def stats_for(
+    model: PreTrainedModel, calibration: Calibration, config: CompressionConfig, left_gram: LeftGram
+) -> CalibrationStats:
     """The shared statistics, or others of the same sequences."""
     stats = calibration.stats
+    two_sided = config.decomposition == "two_sided"
     if config.num_bases == stats.num_bases and (config.merge == stats.merge or not config.merge.startswith("fisher")):
-        return stats
-    return _OTHER_STATS.take(model, calibration, config)
+        return diagonal(stats) if two_sided and left_gram == "diagonal" else stats
+    return _OTHER_STATS.take(model, calibration, config, left_gram if two_sided else None)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.quality.methods import BASELINES
+from benchmarks.quality.methods import BASELINES, BEYOND
 from benchmarks.quality.remarks import ahead_of_default, lowest, steps
 from benchmarks.quality.results import Source
 
@@ -153,25 +153,34 @@ PARTS: dict[str, Part] = {
         (Line("paper", "the model's own domain"), Line("paper", "out of the domain", source="out")),
         TWO_RATIOS,
     ),
-    "beyond": Part(
-        "Beyond the paper",
-        "Each line adds to the one above it.",
+    "steps": Part(
+        "From the paper to the default",
+        "Each line adds to the one above it; the last lets columns and ranks compete, where the lines before prune 5 % of the "
+        "bases' columns for good, as the paper does.",
         _lines(
             "paper",
             "fold",
             "fold, joint",
             "fold, joint, two-sided",
             "fold, joint, two-sided, global",
-            "fold, joint, two-sided, global, 2 bases",
+            "fold, joint, two-sided, global, alternated",
+            "default",
         ),
-        ALL_RATIOS,
+        (0.6, 0.75),
         steps,
+    ),
+    "beyond": Part(
+        "Around the default",
+        "Each line changes one thing of the default, or adds one to it. 8-bit factors change how numbers are stored and are "
+        "not compared with the others.",
+        _lines("default", *BEYOND),
+        (0.6,),
     ),
     "rivals": Part(
         "Other ways to make a model smaller",
         "Each written anew from its paper, on the same calibration text and at the same stored bytes.",
         _lines("paper", "default", *BASELINES),
-        ALL_RATIOS,
+        TWO_RATIOS,
         ahead_of_default,
     ),
 }

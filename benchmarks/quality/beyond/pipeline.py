@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.quality.beyond.storage import BFLOAT16, Storage, choose_ranks, factor_bytes, fixed_bytes
 from benchmarks.quality.beyond.stored_layer import StoredLayer
+from benchmarks.quality.package_methods import diagonal
 from benchmarks.study import FLOAT_BYTES, Calibration, Method, byte_budget
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.budget import SPARSITIES_TRIED, without_deltas
@@ -22,15 +23,6 @@ from d2moe_ext.compress import SPARSITY_TOLERANCE
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.hf import patch_model
 from d2moe_ext.shapes import model_shapes
-
-
-def diagonal(stats: CalibrationStats) -> CalibrationStats:
-    """The statistics with their left Grams reduced to the diagonal, as the default takes them."""
-    layers = {
-        name: replace(layer, left_gram={g: b.diagonal(dim1=1, dim2=2).contiguous() for g, b in layer.left_gram.items()})
-        for name, layer in stats.layers.items()
-    }
-    return replace(stats, layers=layers, left_gram="diagonal")
 
 
 class Compressor:
