@@ -19,8 +19,8 @@ from d2moe_ext.adapters import ExpertsView, find_experts
 from d2moe_ext.bases import cluster, weight_distances
 from d2moe_ext.budget import LayerShapes, kept_columns
 from d2moe_ext.calibration import CalibrationStats, LayerStats, Progress
-from d2moe_ext.compress import STACK_BYTES, delta_rows, shrunk_down_gram, shrunk_gate_up_gram
 from d2moe_ext.config import PRESETS
+from d2moe_ext.layer_compression import STACK_BYTES, delta_rows, shrunk_down_gram, shrunk_gate_up_gram
 from d2moe_ext.merge import prune_columns
 from d2moe_ext.shapes import model_shapes
 

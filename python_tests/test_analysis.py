@@ -181,7 +181,7 @@ def test_predicted_errors_are_those_of_the_plans_truncation(family):
     layers, stats = analyzed(model)
     by_hand = [Layer(view, stats.layers[view.name]) for view in find_experts(model)]
     shapes = model_shapes(model)
-    config = CompressionConfig(ratio=0.3, decomposition="whitened", ranks="uniform", joint_gate_up=False)
+    config = CompressionConfig(ratio=0.3, preset="performance")
     plan = plan_compression(shapes, config, [layer.routing.tokens for layer in layers])
     errors = [layer.error(planned.ranks) for layer, planned in zip(by_hand, plan.layers, strict=True)]
     predicted = predict_error(layers, shapes, 0.3)
@@ -269,7 +269,7 @@ def test_experts_without_anything_in_common_get_a_warning():
     model = clustered(EXPERTS, 0.0)
     layers, _ = analyzed(model)
     advice = advise(layers, model_shapes(model))
-    assert (advice.num_bases, advice.ratio, advice.preset) == (1, RATIOS[0], "performance")
+    assert (advice.num_bases, advice.ratio, advice.preset) == (1, RATIOS[0], "quality")
     assert "is not below 0.25, so expect to pay in quality" in advice.reasons["ratio"]
 
 
@@ -328,7 +328,7 @@ def test_analyze_prints_tables_and_reasons(tiny_directory, tiny_text, capsys):
     assert (code, err) == (0, "")
     for part in ("CKA between experts", "deltas, whitened", "model.layers.1.mlp.experts", "Expected relative error"):
         assert part in out
-    for part in ("--num-bases 1", "--ratio 0", "--preset performance", "heuristic", "6 M and 22 M"):
+    for part in ("--num-bases 1", "--ratio 0", "--preset quality", "heuristic", "6 M and 22 M"):
         assert part in out
 
 

@@ -129,7 +129,7 @@ def test_budget_counts_the_whole_model_and_tied_weights_once(model):
     assert byte_budget(model, 0.6) == 2 * math.floor(0.4 * total)
 
 
-@pytest.mark.parametrize("options", [{}, {"base_sparsity": 0.3, "fold": False}, {"joint_gate_up": True}])
+@pytest.mark.parametrize("options", [{}, {"preset": "performance", "base_sparsity": 0.3}, {"joint_gate_up": False}])
 @pytest.mark.parametrize("ratio", [0.3, 0.45, 0.6])
 def test_package_bytes_are_the_tensors_and_within_the_budget(model, calibration, options, ratio):
     compressed = copy.deepcopy(model)
@@ -152,9 +152,9 @@ def test_an_index_counts_four_bytes(model, calibration):
 
 def test_package_method_is_compression_then_rounding(model, calibration):
     compressed, expected = copy.deepcopy(model), copy.deepcopy(model)
-    package_method(base_sparsity=0.1, fold=False)(compressed, calibration, 0.5)
+    package_method(preset="performance")(compressed, calibration, 0.5)
     assert prunes_dynamically(compressed)
-    compress_experts(expected, calibration.stats, CompressionConfig(0.5 + 1e-3, base_sparsity=0.1, fold=False))
+    compress_experts(expected, calibration.stats, CompressionConfig(0.5 + 1e-3, preset="performance"))
     for mine, other in zip(compressed_experts(compressed), compressed_experts(expected), strict=True):
         assert mine.backend == "native"
         base = mine.down_base
@@ -165,12 +165,12 @@ def test_package_method_is_compression_then_rounding(model, calibration):
     assert all(torch.equal(p, p.bfloat16().float()) for p in compressed.parameters())
 
 
-@pytest.mark.parametrize("options", [{"merge": "fisher_frequency"}, {"num_bases": 2, "decomposition": "two_sided"}])
+@pytest.mark.parametrize("options", [{"preset": "performance", "merge": "fisher_frequency"}, {"num_bases": 2}])
 def test_options_with_other_statistics_take_them_from_the_same_sequences(model, calibration, options):
     compressed, expected = copy.deepcopy(model), copy.deepcopy(model)
     size = package_method(**options)(compressed, calibration, 0.4)
-    left = "full" if "decomposition" in options else None
-    taken = {"merge": options.get("merge", "fisher"), "num_bases": options.get("num_bases", 1), "left_gram": left}
+    left = None if "preset" in options else "diagonal"
+    taken = {"merge": options.get("merge", "frequency"), "num_bases": options.get("num_bases", 1), "left_gram": left}
     stats = calibrate(expected, calibration.batches, **taken)
     compress_experts(expected, stats, CompressionConfig(0.4, **options))
     round_stored(expected)
@@ -182,7 +182,7 @@ def test_options_with_other_statistics_take_them_from_the_same_sequences(model, 
     again = copy.deepcopy(model)
     package_method(**options)(again, short, 0.4)
     pairs = zip(compressed_experts(compressed), compressed_experts(again), strict=True)
-    assert not all(torch.equal(a.gate_up_delta_u if "joint" in options else a.up_delta_u, b.up_delta_u) for a, b in pairs)
+    assert not all(torch.equal(a.down_delta_u, b.down_delta_u) for a, b in pairs)
 
 
 # rows

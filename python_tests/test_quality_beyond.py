@@ -13,7 +13,6 @@ import torch
 from benchmarks.quality.beyond import BEYOND
 from benchmarks.quality.beyond.clusters import clustered_method, co_activation_distances, rebased, whitened_distances
 from benchmarks.quality.beyond.gauge import GAUGE_FIXED, GaugeFixedLayer, fix_gauge
-from benchmarks.quality.beyond.package import around_default
 from benchmarks.quality.beyond.pipeline import Compressor, compress_stored, diagonal, stored_method
 from benchmarks.quality.beyond.quantised import INT8_ALL, Int8Layer, quantised
 from benchmarks.quality.beyond.refit import RefittedLayer
@@ -22,6 +21,7 @@ from benchmarks.quality.beyond.storage import BFLOAT16, Storage, choose_ranks
 from benchmarks.quality.beyond.stored_layer import StoredLayer, refitted
 from benchmarks.quality.beyond.weighted import WeightedGrams, _GradientPass, weighted_method, weighted_stats
 from benchmarks.quality.methods import all_methods, stored_bytes
+from benchmarks.quality.package_methods import package_method
 from benchmarks.study import Calibration, byte_budget, capture_inputs, stored
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.calibration import calibrate
@@ -106,7 +106,7 @@ def test_the_bytes_are_those_of_the_tensors_and_nearly_the_budget(case, storage,
         sequential_method(routing="prefix", **FIXED),
         weighted_method("gradient", **FIXED),
         clustered_method("co-activation", **FIXED),
-        around_default(joint_gate_up=False, **FIXED),
+        package_method(joint_gate_up=False, **FIXED),
     ],
     ids=["sequential", "weighted", "clustered", "separate"],
 )
@@ -130,7 +130,7 @@ def test_the_sparsity_left_open_is_chosen(case):
 def test_without_a_change_the_pipeline_is_the_packages(case):
     ours, packages = copy.deepcopy(case[0]), copy.deepcopy(case[0])
     compress_stored(ours, diagonal(case[1].stats), RATIO, **FIXED)
-    around_default(**FIXED)(packages, case[1], RATIO)
+    package_method(**FIXED)(packages, case[1], RATIO)
     for mine, theirs in zip(compressed(ours), compressed(packages), strict=True):
         assert ranks_of(mine) == ranks_of(theirs)
         torch.testing.assert_close(mine.gate_up_base, theirs.gate_up_base)

@@ -85,6 +85,8 @@ SHARES = (
     Share("default", 0.6, "out", 0.60),
     Share("default", 0.7, "in", 0.60),
     Share("default", 0.7, "out", 0.65),
+    Share("default", 0.749, "in", 0.60),
+    Share("default", 0.749, "out", 0.65),
     Share("default", 0.75, "in", 0.60),
     Share("default", 0.75, "out", 0.65),
 )

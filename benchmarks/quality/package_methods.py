@@ -106,7 +106,7 @@ def diagonal(stats: CalibrationStats) -> CalibrationStats:
 
 
 def stats_for(
-    model: PreTrainedModel, calibration: Calibration, config: CompressionConfig, left_gram: LeftGram
+    model: PreTrainedModel, calibration: Calibration, config: CompressionConfig, left_gram: LeftGram = "diagonal"
 ) -> CalibrationStats:
     """The shared statistics, or others of the same sequences."""
     stats = calibration.stats
