@@ -39,8 +39,18 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compressed_directory(tiny_directory: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `d2moe compress --ratio 0.4` makes of it; no test may write there."""
+    """What the paper's pipeline makes of it at ratio 0.4, with dynamic pruning; no test may write there."""
     out = tmp_path_factory.mktemp("compressed") / "out"
-    arguments = ["compress", str(tiny_directory), str(out), "--ratio", "0.4", "--calibration", str(tiny_text)]
+    arguments = [
+        "compress",
+        str(tiny_directory),
+        str(out),
+        "--ratio",
+        "0.4",
+        "--preset",
+        "performance",
+        "--calibration",
+        str(tiny_text),
+    ]
     assert main([*arguments, *cli_helpers.QUICK]) == 0
     return out

@@ -193,7 +193,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(model, tmp_path, monkeypatch
         (("--ratio", "0.97"), ("ratio must lie between 0 and 0.", "got 0.97")),
         (("--ratio", "0.4", "--merge", "mode"), ("--merge", "mode")),
         (("--ratio", "0.4", "--base-sparsity", "1"), ("base_sparsity must be at least 0 and below 1, got 1.0",)),
-        (("--ratio", "0.4", "--ranks", "global"), ("needs decomposition='two_sided'",)),
+        (("--ratio", "0.4", "--decomposition", "plain", "--ranks", "global"), ("needs decomposition='two_sided'",)),
         (("--ratio", "0.4", "--calibration", "absent.txt"), ("--calibration must be a text file, got 'absent.txt'",)),
         (("--ratio", "0.4", "--samples", "0"), ("--samples must be at least 1, got 0",)),
         (("--ratio", "0.4", "--batch-size", "0"), ("--batch-size must be at least 1, got 0",)),
@@ -271,3 +271,15 @@ def test_progress_draws_nothing_into_a_pipe(capsys):
     with common.progress_bar() as progress:
         progress("stage", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_the_default_is_the_quality_preset_and_lands_where_the_plan_says(model, text, tmp_path, capsys):
+    record = run_json(capsys, "compress", model, tmp_path / "out", "--ratio", 0.4, "--calibration", text, *QUICK)
+    assert record["config"]["preset"] == "quality"
+    assert record["config"]["base_sparsity"] is not None
+    assert len(record["alternation_errors"]) == record["config"]["alternations"] > 0
+    planned = run_json(capsys, "plan", model, "--ratio", 0.4)
+    assert record["bytes_on_disk"] == pytest.approx(record["plan"]["bytes_after"], rel=0.005)
+    assert record["plan"]["compressed_parameters"] == pytest.approx(planned["compressed_parameters"], rel=0.005)
+    described = run_json(capsys, "inspect", tmp_path / "out")
+    assert set(described["layers"][0]["ranks"]) == {"gate_up", "down"}

@@ -21,12 +21,14 @@ from benchmarks.quality.checks import Order, Share
 from benchmarks.quality.diagnostics import CURVE_POINTS, layer_sensitivity, read_diagnostics, write_diagnostics
 from benchmarks.quality.document import write_document
 from benchmarks.quality.figures import diagnostics_table
+from benchmarks.quality.forward import CONTENDERS, forward_table, forward_times, read_forward
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.remarks import ahead_of_default, lowest, steps
 from benchmarks.quality.results import Results
 from benchmarks.quality.summary import Summary, mean_of
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.calibration import calibrate
+from d2moe_ext.evaluate import Speed
 
 METHODS = {
     name: lambda model, calibration, ratio: 0 for name in ("paper", "default", "fold", "paper, frequency", "paper, mean")
@@ -330,3 +332,34 @@ def test_diagnostics_are_kept_drawn_and_right(tiny_directory, tmp_path):
     assert lines[1][6] == f"{pairs.mean():.3f}"
     assert lines[1][7] == f"{record['sensitivity'][1]:.4f}"
     json.dumps(record, allow_nan=False)
+
+
+class Speeds:
+    """Models that are timed are numbers here: each call gives the next of a model's speeds."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, model):
+        self.calls.append(model)
+        turn = self.calls.count(model)
+        return Speed(prefill=model * turn, generate=model / turn)
+
+
+def test_forward_times_are_medians_of_turns():
+    measure = Speeds()
+    times = forward_times({"a": 10.0, "b": 100.0}, measure, 3)
+    assert measure.calls == [10.0, 100.0] * 3
+    assert times == {"a": {"prefill": 20.0, "generate": 5.0}, "b": {"prefill": 200.0, "generate": 50.0}}
+
+
+def test_the_page_shows_the_forwards_times(tmp_path, summary):
+    times = {name: {"prefill": 1000.4 + place, "generate": 50.6 + place} for place, name in enumerate(CONTENDERS)}
+    (tmp_path / "alpha.forward.json").write_text(
+        json.dumps({"model": "alpha", "ratio": 0.6, "rounds": 5, "times": times}), encoding="utf-8"
+    )
+    records = read_forward(tmp_path)
+    assert forward_table(records)[1][-1] == ["default", "1,003", "54"]
+    page = document.document(summary, forward=records)
+    assert "| the paper's pipeline | 1,002 | 53 |" in page
+    assert "What the forward costs" not in document.document(summary)

@@ -29,7 +29,7 @@ def study(
             "the word headers."
         ),
     ] = None,
-    part: Annotated[list[str] | None, typer.Option(help="A part of the study; without it, all of them.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="A part of the study, or none; without it, all of them.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="A ratio; without it, each part's own.")] = None,
     seeds: Annotated[int, typer.Option(help="Draws of the calibration windows.")] = 3,
     judge: Annotated[Literal["selection", "test"], typer.Option(help="The text that judges.")] = "selection",
@@ -40,6 +40,7 @@ def study(
     results: Annotated[Path, typer.Option(help="The folder of the rows, one file per model.")] = DEFAULT_RESULTS,
     write: Annotated[Path | None, typer.Option(help="Write the document, from all rows judged by --judge.")] = None,
     figures: Annotated[bool, typer.Option("--figures", help="Also measure what the figures show.")] = False,
+    forward: Annotated[bool, typer.Option("--forward", help="Also time the forward; on a quiet machine.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run rows again that failed.")] = False,
 ) -> int:
     """Run parts of the quality study on a model and write the document."""
@@ -55,7 +56,8 @@ def study(
         from benchmarks.quality.runner import Laboratory, tasks_of
         from benchmarks.quality.texts import parse_texts
 
-        tasks = tasks_of(part, ratio, seeds, methods)
+        # --part none runs no table: for figures and times alone.
+        tasks = [] if part == ["none"] else tasks_of(part, ratio, seeds, methods)
         sources = parse_texts(text or [])
         if not (model / "config.json").is_file():
             raise ValueError(f"--model must be a directory with a config.json, got {str(model)!r}.")
@@ -69,6 +71,10 @@ def study(
             from benchmarks.quality.diagnostics import write_diagnostics
 
             write_diagnostics(laboratory, results)
+        if forward:
+            from benchmarks.quality.forward import write_forward
+
+            write_forward(laboratory, results)
         failed = sum(row.failure is not None for row in rows)
         console.print(f"{len(rows)} rows measured, {failed} of them failed.")
     if write is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.checks import all_verdicts
+from benchmarks.quality.forward import forward_table, read_forward
 from benchmarks.quality.parts import PARTS, Line, Part
 from benchmarks.quality.results import UNCOMPRESSED, Results, Row, Sizes
 from benchmarks.quality.summary import DOMAINS, Summary, mean_of
@@ -34,7 +35,7 @@ def write_document(results: Results, judge: str, sizes: Sizes, methods: Mapping[
     for record in read_diagnostics(results.folder):
         images = [_image(file, path) for file in draw_diagnostics(record, folder)]
         figures.append("\n\n".join([_diagnostics(record), *images, _table(*diagnostics_table(record))]))
-    path.write_text(document(summary, plots, figures), encoding="utf-8")
+    path.write_text(document(summary, plots, figures, read_forward(results.folder)), encoding="utf-8")
 
 
 def _diagnostics(record: dict[str, Any]) -> str:
@@ -54,20 +55,26 @@ def _image(file: Path, page: Path) -> str:
     return f"![{file.stem.replace('_', ' ')}]({file.relative_to(page.parent).as_posix()})"
 
 
-def document(summary: Summary, plots: list[str] | None = None, figures: list[str] | None = None) -> str:
+def document(
+    summary: Summary,
+    plots: list[str] | None = None,
+    figures: list[str] | None = None,
+    forward: list[dict[str, Any]] | None = None,
+) -> str:
     """The page as Markdown.
 
     Args:
         summary: the rows.
         plots: images of rises, as Markdown.
         figures: the models' diagnostics, as Markdown.
+        forward: times of the forward, as :func:`benchmarks.quality.forward.read_forward` gives them.
     """
     sections = [_header(summary), *_note("introduction")]
     if plots:
         sections += ["## Rise against ratio", *plots]
     for name, part in PARTS.items():
         sections += _part(summary, name, part)
-    sections += [_holds(summary), *_note("holds"), _costs(summary), *_note("costs")]
+    sections += [_holds(summary), *_note("holds"), _costs(summary), *_forward(forward or []), *_note("costs")]
     if figures:
         sections += ["## Inside the experts", *_note("figures"), *figures]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -199,6 +206,18 @@ def _holds(summary: Summary) -> str:
     missing = sum(v.verdict == "not measured" for v in verdicts)
     count = f"{held} of {len(verdicts)} hold, {len(verdicts) - held - missing} do not, {missing} were not measured."
     return f"## What holds\n\nClaims are judged by the means. {count}\n\n{_table(head, lines, '---')}"
+
+
+def _forward(records: list[dict[str, Any]]) -> list[str]:
+    """What the forward costs."""
+    if not records:
+        return []
+    text = (
+        f"Tokens per second at batch 1 in float32: a prompt of 512 tokens read at once, and 64 tokens generated; medians of "
+        f"{records[0]['rounds']} rounds in which each model ran once, at ratio {records[0]['ratio']}. The paper's pipeline "
+        "prunes per batch, the default does not."
+    )
+    return ["## What the forward costs", text, _table(*forward_table(records))]
 
 
 def _costs(summary: Summary) -> str:
