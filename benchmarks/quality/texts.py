@@ -8,6 +8,7 @@ and with PyTorch, so that a study needs no download.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,11 +95,16 @@ def _third(content: str, use: Use) -> str:
 
 
 def _python(use: Use) -> str:
-    """Text that comes with Python: its calibration split, and the held-out documents halved by a hash of their names."""
+    """Text that comes with Python: its calibration split, and the held-out documents halved by a hash of their names.
+
+    The documents stand in a fixed random order: sorted, one kind would come first, and only the first tokens are read.
+    """
     if use == "calibration":
         return python_text("calibration")
     half = USES.index(use) - 1
-    return "\n\n".join(text for name, text in _heldout().items() if _bit(name) == half)
+    documents = [text for name, text in _heldout().items() if _bit(name) == half]
+    random.Random(0).shuffle(documents)
+    return "\n\n".join(documents)
 
 
 @lru_cache(maxsize=1)
