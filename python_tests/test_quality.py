@@ -23,7 +23,7 @@ from benchmarks.quality.machine import describe_machine, peak_growth
 from benchmarks.quality.methods import all_methods, package_method, round_stored, stored_bytes
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.results import UNCOMPRESSED, Results
-from benchmarks.quality.runner import Task, tasks_of
+from benchmarks.quality.runner import Task, of_methods, tasks_of
 from benchmarks.quality.texts import USES, domain_text, outside_text, parse_texts
 from benchmarks.study import Calibration, byte_budget, capture_inputs, method_version, model_parameters, stored
 from d2moe_ext.adapters import find_experts
@@ -321,6 +321,15 @@ def test_tasks_are_those_of_the_parts():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             tasks_of(*arguments)
+
+
+def test_tasks_of_some_methods():
+    found = tasks_of(["merge"], None, 2, all_methods())
+    chosen = of_methods(found, ["paper", "paper, mean"])
+    assert {task.line.method for task in chosen} == {"paper", "paper, mean"}
+    assert len(chosen) == 2 * 2 * len(PARTS["merge"].ratios)
+    with pytest.raises(ValueError, match="--method must be a method of the parts that are run, got 'naee'."):
+        of_methods(found, ["paper", "naee"])
 
 
 def test_memory_growth_is_the_peak_of_the_step_alone():

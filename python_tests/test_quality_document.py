@@ -217,6 +217,17 @@ def test_shares_are_held_against_their_limit(summary):
     assert next(Share("default", 0.5, "in", 0.4).verdicts(summary)).verdict == "not measured"
 
 
+def test_where_the_papers_pipeline_cannot_go_its_nearest_row_stands_in(tmp_path):
+    rows = [plain_row("alpha"), row(key("alpha", "default", 0.75, 0), 0.3, 0.3), row(key("alpha", "paper", 0.7, 0), 0.1, 0.1)]
+    share = Share("default", 0.75, "in", 0.6)
+    assert next(share.verdicts(summary_of(tmp_path / "far", rows))).verdict == "not measured"
+    rows.append(row(key("alpha", "paper", 0.749, 0), 0.6, 0.6))
+    verdict = next(share.verdicts(summary_of(tmp_path / "near", rows)))
+    assert (verdict.verdict, verdict.numbers) == ("holds", "50.0 % of the paper's rise at 0.749, as 0.75 is out of its reach")
+    rows.append(row(key("alpha", "paper", 0.75, 0), 0.4, 0.4))
+    assert next(share.verdicts(summary_of(tmp_path / "same", rows))).numbers == "75.0 %"
+
+
 def test_section_counts_what_holds(summary, monkeypatch):
     monkeypatch.setattr(checks, "SHARES", (Share("default", 0.6, "in", 0.6), Share("default", 0.6, "out", 0.4)))
     monkeypatch.setattr(checks, "ORDERS", (Order("c", ("default", "gone"), ("<",), (0.6,)),))

@@ -30,6 +30,7 @@ def study(
         ),
     ] = None,
     part: Annotated[list[str] | None, typer.Option(help="A part of the study, or none; without it, all of them.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method; without it, all of the parts'.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="A ratio; without it, each part's own.")] = None,
     seeds: Annotated[int, typer.Option(help="Draws of the calibration windows.")] = 3,
     judge: Annotated[Literal["selection", "test"], typer.Option(help="The text that judges.")] = "selection",
@@ -53,11 +54,13 @@ def study(
     found, failed, methods = Results(results), 0, all_methods()
     sizes = Sizes(samples, seqlen, tokens, window)
     if model is not None:
-        from benchmarks.quality.runner import Laboratory, tasks_of
+        from benchmarks.quality.runner import Laboratory, of_methods, tasks_of
         from benchmarks.quality.texts import parse_texts
 
         # --part none runs no table: for figures and times alone.
         tasks = [] if part == ["none"] else tasks_of(part, ratio, seeds, methods)
+        if method:
+            tasks = of_methods(tasks, method)
         sources = parse_texts(text or [])
         if not (model / "config.json").is_file():
             raise ValueError(f"--model must be a directory with a config.json, got {str(model)!r}.")

@@ -10,6 +10,7 @@ from benchmarks.quality.methods import BASELINES
 from benchmarks.quality.parts import TWO_RATIOS, Line
 from benchmarks.quality.summary import DOMAINS, Mean, Summary
 
+NEAR = 0.005
 _RELATIONS = {"<": operator.lt, "≤": operator.le}
 
 
@@ -67,10 +68,26 @@ class Share:
     def verdicts(self, summary: Summary) -> Iterator[Verdict]:
         claim = f"{self.method}: at most {self.limit:.0%} of the paper's rise".replace("%", " %")
         for model in summary.models:
-            share = summary.share(model, Line(self.method), self.ratio, self.domain)
+            paper = self._paper_ratio(summary, model)
+            share = self._share(summary, model, paper)
             numbers = "" if share is None else f"{100 * share:.1f} %"
+            if share is not None and paper != self.ratio:
+                numbers += f" of the paper's rise at {paper}, as {self.ratio} is out of its reach"
             verdict = "not measured" if share is None else "holds" if share <= self.limit else "does not hold"
             yield Verdict(claim, model, self.ratio, self.domain, numbers, verdict)
+
+    def _paper_ratio(self, summary: Summary, model: str) -> float:
+        """The ratio whose paper row is compared with: the same one, or where that failed the nearest measured below it,
+        which lets the paper's pipeline store more."""
+        paper = Line("paper")
+        near = [r for r in summary.ratios_of([paper]) if 0 <= self.ratio - r <= NEAR]
+        known = [r for r in near if summary.rise(model, paper, r, self.domain) is not None]
+        return max(known, default=self.ratio)
+
+    def _share(self, summary: Summary, model: str, paper_ratio: float) -> float | None:
+        mine = summary.rise(model, Line(self.method), self.ratio, self.domain)
+        paper = summary.rise(model, Line("paper"), paper_ratio, self.domain)
+        return None if mine is None or paper is None or paper.value <= 0 else mine.value / paper.value
 
 
 ORDERS = (
@@ -85,8 +102,6 @@ SHARES = (
     Share("default", 0.6, "out", 0.60),
     Share("default", 0.7, "in", 0.60),
     Share("default", 0.7, "out", 0.65),
-    Share("default", 0.749, "in", 0.60),
-    Share("default", 0.749, "out", 0.65),
     Share("default", 0.75, "in", 0.60),
     Share("default", 0.75, "out", 0.65),
 )

@@ -254,3 +254,15 @@ def tasks_of(
         for line in PARTS[name].lines
         for ratio in ratios or PARTS[name].ratios
     ]
+
+
+def of_methods(tasks: list[Task], names: Sequence[str]) -> list[Task]:
+    """The tasks of some methods.
+
+    Raises:
+        ValueError: a method that none of the tasks asks for.
+    """
+    for name in names:
+        if all(task.line.method != name for task in tasks):
+            raise ValueError(f"--method must be a method of the parts that are run, got {name!r}.")
+    return [task for task in tasks if task.line.method in names]
