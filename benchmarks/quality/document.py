@@ -148,7 +148,9 @@ def _commands(rows: list[Row]) -> str:
 def _part(summary: Summary, name: str, part: Part) -> list[str]:
     # One line alone compares nothing: most parts hold the paper's pipeline, whose rows other parts have asked for.
     tried = [ratio for line in dict.fromkeys(part.lines) for ratio in summary.ratios_of([line])]
-    ratios = sorted({ratio for ratio in tried if tried.count(ratio) > 1})
+    # At a ratio of another part, all lines must be there.
+    wanted = {ratio: 2 if ratio in part.ratios else len(set(part.lines)) for ratio in tried}
+    ratios = sorted({ratio for ratio in tried if tried.count(ratio) >= wanted[ratio]})
     if not ratios:
         return []
     sections = [f"## {part.title}", f"{part.source} Part `{name}`."]
