@@ -11,8 +11,9 @@ conjugate gradients. They start from the base at hand and each lowers the error,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -98,9 +99,6 @@ def refit_base(base: Tensor, experts: Sequence[ExpertTarget], columns: Tensor) -
     return refit
 
 
-def _sum(terms: object) -> Tensor:
-    total = None
-    for term in terms:  # type: ignore[attr-defined]
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Of at least one term, one after the other: a stack of them would hold all at once."""
+    return reduce(torch.add, terms)

@@ -27,8 +27,8 @@ from d2moe_ext.global_ranks import choose_global_ranks
 from d2moe_ext.layer_compression import RIDGE, DeltaReport, LayerCompressor
 from d2moe_ext.shapes import model_shapes
 
-# Of base sparsities whose predicted errors differ by less, the smallest is taken: the prediction favours sparse bases
-# by about as much where it was compared with perplexity (docs/quality.md, "How much of the bases is pruned").
+# Of base sparsities whose predicted errors differ by less, the smallest is taken: the prediction favours sparse bases. On
+# pydoc_moe at 0.75 (selection text, seed 0, 2026-11-22) it put 0.4 behind 0.8 by 6 %, while 0.4 rose 10 % less.
 SPARSITY_TOLERANCE = 0.06
 
 

@@ -79,8 +79,11 @@ class LayerCompressor:
         base = int(self.stats.expert_to_base[expert])
         pruned = self.bases[group]
         delta = weight - (pruned.masked(base) if self.config.fold else pruned.full[base])
-        # An ungated layer's only delta of this group covers all rows.
-        return delta[delta_rows(name, len(delta))] if self.view.layout.gated else delta
+        return delta[self._rows(name, len(delta))]
+
+    def _rows(self, name: str, group_rows: int) -> slice:
+        """The rows of its group that a delta covers; an ungated layer's only delta of a group covers all."""
+        return delta_rows(name, group_rows) if self.view.layout.gated else slice(None)
 
     def _gram(self, name: str, expert: int) -> Tensor:
         """The right Gram, ``[in, in]``, or its diagonal where only that is wanted."""
@@ -93,8 +96,7 @@ class LayerCompressor:
     def _left_gram(self, name: str, expert: int) -> Tensor:
         """The left Gram of a delta's rows, ``[out, out]`` or its diagonal ``[out]``."""
         left = self.stats.left_gram["down" if name == "down" else "gate_up"][expert]
-        whole = name == "down" or not self.view.layout.gated
-        rows = slice(None) if whole else delta_rows(name, len(left))
+        rows = self._rows(name, len(left))
         return left[rows] if left.dim() == 1 else left[rows, rows]
 
     def decompose(self, name: str, experts: list[int], rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,13 +154,12 @@ class LayerCompressor:
         """Per expert what it asks of its base: its weight less its truncated delta, in the metric of the deltas' SVD."""
         weight = self.view.down_weight if group == "down" else self.view.gate_up_weight
         experts = range(self.view.layout.num_experts)
-        targets = [weight(expert).double() for expert in experts]
+        targets = [weight(expert).to(torch.float64, copy=True) for expert in experts]
         rows, inputs = targets[0].shape
         for name in self.plan.ranks:
             if (name == "down") == (group == "down"):
                 for expert, u, v, _, _ in self._factors(name):
-                    targets[expert] = targets[expert].clone()
-                    targets[expert][delta_rows(name, rows)] -= u @ v
+                    targets[expert][self._rows(name, rows)] -= u @ v
         name = "down" if group == "down" else "gate_up"
         plain = self.config.decomposition == "plain"
         grams = (None if plain else self._gram(name, expert) for expert in experts)
@@ -237,5 +238,8 @@ class LayerCompressor:
         for key, value in state.items():
             if not bool(value.isfinite().all()):
                 raise RuntimeError(f"compress: {key} of {view.name} must be finite, got NaN or infinity.")
-        experts.load_state_dict({key: value.to(experts.state_dict()[key].dtype) for key, value in state.items()})
+        own = experts.state_dict()
+        # The submodules of the model's gate, and the norm after each expert, came with the view.
+        submodules = {key: value for key, value in own.items() if "." in key}
+        experts.load_state_dict(submodules | {key: value.to(own[key].dtype) for key, value in state.items()})
         return experts, reports

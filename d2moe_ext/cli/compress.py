@@ -81,19 +81,23 @@ def compress_command(
     """
     from d2moe_ext.config import CompressionConfig
 
+    # What is not given is the preset's.
+    changed: dict[str, Any] = {
+        "merge": merge,
+        "decomposition": decomposition,
+        "ranks": ranks,
+        "fold": fold,
+        "joint_gate_up": joint_gate_up,
+        "alternations": alternations,
+        "dynamic_pruning": dynamic_pruning,
+    }
     config = CompressionConfig(
         ratio=ratio,
         preset=preset,
         base_sparsity=base_sparsity,
         count=count,
-        merge=merge,  # type: ignore[arg-type]  # None takes the preset's, here and below
-        decomposition=decomposition,  # type: ignore[arg-type]
-        ranks=ranks,  # type: ignore[arg-type]
-        fold=fold,  # type: ignore[arg-type]
-        joint_gate_up=joint_gate_up,  # type: ignore[arg-type]
-        alternations=alternations,  # type: ignore[arg-type]
-        dynamic_pruning=dynamic_pruning,  # type: ignore[arg-type]
         num_bases=num_bases,
+        **{option: value for option, value in changed.items() if value is not None},
     )
     text = None if calibration is None else common.read_text("--calibration", calibration)
     common.check_model(model)

@@ -20,11 +20,11 @@ from benchmarks.quality.variants.spending import Item, spend
 from benchmarks.study import FLOAT_BYTES, INDEX_BYTES, Calibration, byte_budget, stored
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.budget import ModelShapes, plan_compression, without_deltas
-from d2moe_ext.config import CompressionConfig
+from d2moe_ext.config import PRESETS, CompressionConfig
 from d2moe_ext.shapes import model_shapes
 from d2moe_ext.spec import GROUPS
 
-PAPER_SPARSITY: float = PAPER_OPTIONS["base_sparsity"]
+PAPER_SPARSITY: float = PRESETS["performance"]["base_sparsity"]
 
 _FISHER, _SEMI_DYNAMIC, _LOW_RANK = weighted_mean("fisher"), semi_dynamic(PAPER_SPARSITY), LowRank()
 
