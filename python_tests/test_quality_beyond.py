@@ -23,6 +23,7 @@ from benchmarks.quality.beyond.weighted import WeightedGrams, _GradientPass, wei
 from benchmarks.quality.methods import all_methods, stored_bytes
 from benchmarks.quality.package_methods import package_method
 from benchmarks.study import Calibration, byte_budget, capture_inputs, stored
+from d2moe_ext import global_ranks
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.calibration import calibrate
 from d2moe_ext.config import CompressionConfig
@@ -118,7 +119,7 @@ def test_a_method_stays_within_the_budget(case, method):
 
 def test_every_idea_has_a_name_of_its_own():
     assert len(set(map(id, BEYOND.values()))) == len(BEYOND) > 20
-    assert not set(BEYOND) & set(all_methods())
+    assert BEYOND.items() <= all_methods().items()
 
 
 def test_the_sparsity_left_open_is_chosen(case):
@@ -127,7 +128,9 @@ def test_the_sparsity_left_open_is_chosen(case):
     assert count <= byte_budget(case[0], RATIO)
 
 
-def test_without_a_change_the_pipeline_is_the_packages(case):
+def test_without_a_change_the_pipeline_is_the_packages(case, monkeypatch):
+    # On a model this small the package would go on to finer steps of rank, which the pipeline does not have.
+    monkeypatch.setattr(global_ranks, "LANDING_SHARE", 1.0)
     ours, packages = copy.deepcopy(case[0]), copy.deepcopy(case[0])
     compress_stored(ours, diagonal(case[1].stats), RATIO, **FIXED)
     package_method(**FIXED)(packages, case[1], RATIO)
