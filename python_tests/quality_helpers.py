@@ -24,8 +24,9 @@ def write_texts(folder: Path) -> dict[str, str]:
     return texts
 
 
-def laboratory(model: Path, folder: Path, methods: dict[str, Method], judge: str = "selection") -> Laboratory:
-    return Laboratory(model, write_texts(folder / "texts"), judge, SIZES, methods, Results(folder / "results"), "a command")
+def laboratory(model: Path, folder: Path, methods: dict[str, Method], *judges: str) -> Laboratory:
+    judged_by = judges or ("selection",)
+    return Laboratory(model, write_texts(folder / "texts"), judged_by, SIZES, methods, Results(folder / "results"), "a command")
 
 
 def key(model: str, method: str, ratio: float = 0.6, seed: int = 0, **changes: object) -> Key:

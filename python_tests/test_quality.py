@@ -272,9 +272,29 @@ def test_another_version_judge_or_number_of_samples_is_another_row(small_directo
     assert method_version(method) == 2
     laboratory.run(tasks("method"))
     assert len(method.calls) == 4
-    quality_helpers.laboratory(small_directory, tmp_path, {"method": method}, judge="test").run(tasks("method"))
+    quality_helpers.laboratory(small_directory, tmp_path, {"method": method}, "test").run(tasks("method"))
     assert len(method.calls) == 5
     assert len(Results(tmp_path / "results").rows) == 7  # two of them uncompressed
+
+
+def test_two_texts_judge_one_compressed_model(small_directory, tmp_path):
+    method = Counted(0.5)
+    first = quality_helpers.laboratory(small_directory, tmp_path, {"method": method}, "selection")
+    alone = first.run(tasks("method"))
+    both = quality_helpers.laboratory(small_directory, tmp_path, {"method": method}, "test", "selection")
+    rows = both.run(tasks("method", ratios=(0.5, 0.6)))
+    assert [(row.key.method, row.key.ratio, row.key.judge) for row in rows] == [
+        (UNCOMPRESSED, 0.0, "test"),
+        ("method", 0.5, "test"),  # the selection text's row was there
+        ("method", 0.6, "test"),
+        ("method", 0.6, "selection"),
+    ]
+    assert method.calls == [0.5, 0.5, 0.6]
+    test, selection = rows[2:]
+    assert (selection.rise_in, selection.rise_out) == (alone[1].rise_in, alone[1].rise_out)  # halving knows no ratio
+    assert test.rise_in != selection.rise_in
+    assert test.key.text_in.startswith("test.txt (")
+    assert (test.bytes, test.seconds) == (selection.bytes, selection.seconds)
 
 
 def test_calibration_follows_seed_samples_and_source(small_directory, tmp_path):

@@ -34,6 +34,9 @@ def study(
     ratio: Annotated[list[float] | None, typer.Option(help="A ratio; without it, each part's own.")] = None,
     seeds: Annotated[int, typer.Option(help="Draws of the calibration windows.")] = 3,
     judge: Annotated[Literal["selection", "test"], typer.Option(help="The text that judges.")] = "selection",
+    also: Annotated[
+        Literal["selection", "test"] | None, typer.Option(help="A second text that judges the same compressed models.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows, drawn at random.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 256,
     tokens: Annotated[int, typer.Option(help="First tokens of each judging text that are read.")] = 16384,
@@ -66,8 +69,9 @@ def study(
             raise ValueError(f"--model must be a directory with a config.json, got {str(model)!r}.")
         for option, length in (("--seqlen", seqlen), ("--window", window)):
             check_seqlen(option, length, load_config(str(model)))
+        judges = [judge] if also in (None, judge) else [judge, also]
         laboratory = Laboratory(
-            model, sources, judge, sizes, methods, found, _command(), lambda line: console.print(line, markup=False)
+            model, sources, judges, sizes, methods, found, _command(), lambda line: console.print(line, markup=False)
         )
         rows = laboratory.run(tasks, retry_failed)
         if figures:

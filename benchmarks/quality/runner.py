@@ -47,7 +47,8 @@ class Laboratory:
     Args:
         model: its directory.
         sources: text files by use, as :func:`benchmarks.quality.texts.parse_texts` gives them.
-        judge: ``selection`` or ``test``: only that text is read.
+        judges: ``selection``, ``test`` or both: only those texts are read. With both, a model that is compressed for the one
+            is judged by the other as well.
         sizes: how much is read.
         methods: by name.
         results: where rows are looked up and appended.
@@ -59,7 +60,7 @@ class Laboratory:
         self,
         model: Path,
         sources: Mapping[str, str],
-        judge: Use,
+        judges: Sequence[Use],
         sizes: Sizes,
         methods: Mapping[str, Method],
         results: Results,
@@ -71,26 +72,31 @@ class Laboratory:
         round_stored(self.model)
         self.tokenizer = load_tokenizer(str(model))
         self.texts = {"calibration": domain_text(sources, "calibration"), "out": outside_text(sources, "calibration")}
-        judging = {"in": domain_text(sources, judge), "out": outside_text(sources, judge)}
-        self.judging = {name: self._first_tokens(text) for name, text in judging.items()}
         self._batches = lru_cache(maxsize=2)(self._tokens)
-        self.blank = Key(
-            model=model.resolve().name,
-            weights=_digest(model),
-            method=UNCOMPRESSED,
-            version=1,
-            ratio=0.0,
-            seed=0,
-            samples=0,
-            seqlen=0,
-            source="calibration",
-            judge=judge,
-            text_calibration="",
-            text_in=judging["in"].label,
-            text_out=judging["out"].label,
-            tokens=sizes.tokens,
-            window=sizes.window,
-        )
+        self._judging: dict[str, dict[str, Tensor]] = {}
+        self.blanks: list[Key] = []
+        for judge in judges:
+            judging = {"in": domain_text(sources, judge), "out": outside_text(sources, judge)}
+            self._judging[judge] = {name: self._first_tokens(text) for name, text in judging.items()}
+            self.blanks.append(
+                Key(
+                    model=model.resolve().name,
+                    weights=_digest(model),
+                    method=UNCOMPRESSED,
+                    version=1,
+                    ratio=0.0,
+                    seed=0,
+                    samples=0,
+                    seqlen=0,
+                    source="calibration",
+                    judge=judge,
+                    text_calibration="",
+                    text_in=judging["in"].label,
+                    text_out=judging["out"].label,
+                    tokens=sizes.tokens,
+                    window=sizes.window,
+                )
+            )
 
     def _tokens(self, source: Source) -> Tensor:
         return token_stream(self.tokenizer, self.texts[source].content)
@@ -101,11 +107,24 @@ class Laboratory:
             raise ValueError(f"--tokens must be at most the {len(tokens)} of {text.name}, got {self.sizes.tokens}.")
         return tokens[: self.sizes.tokens]
 
-    def key(self, task: Task) -> Key:
-        """The key of a task's row."""
+    @property
+    def blank(self) -> Key:
+        """The uncompressed model's, judged by the first of the texts."""
+        return self.blanks[0]
+
+    @property
+    def judging(self) -> dict[str, Tensor]:
+        """The first judging text's tokens, in the domain and out of it."""
+        return self._judging[self.blank.judge]
+
+    def keys(self, task: Task) -> list[Key]:
+        """The keys of a task's rows, one for each text that judges."""
+        return [self._key(task, blank) for blank in self.blanks]
+
+    def _key(self, task: Task, blank: Key) -> Key:
         line = task.line
         return replace(
-            self.blank,
+            blank,
             method=line.method,
             version=method_version(self.methods[line.method]),
             ratio=task.ratio,
@@ -117,25 +136,26 @@ class Laboratory:
         )
 
     def run(self, tasks: Sequence[Task], retry_failed: bool = False) -> list[Row]:
-        """Measure every task whose row is not there yet; seed by seed, each calibration taken once.
+        """Measure every task whose rows are not all there yet; seed by seed, each calibration taken once.
 
         Returns:
             The rows measured now.
         """
-        keys = list(dict.fromkeys(self.key(task) for task in tasks))
-        missing = [key for key in keys if not self.results.has(key, retry_failed)]
+        # A task's rows differ by what judges them alone: they share a compressed model.
+        wanted = list(dict.fromkeys(tuple(self.keys(task)) for task in tasks))
+        missing = [left for keys in wanted if (left := [k for k in keys if not self.results.has(k, retry_failed)])]
         if not missing:
             return []
-        rows = [] if self.results.has(self.blank) else [self._keep(self._uncompressed())]
-        for calibration, keys in self._by_calibration(missing):
-            rows += [self._keep(self._measure(key, calibration)) for key in keys]
+        rows = [self._keep(self._uncompressed(blank)) for blank in self.blanks if not self.results.has(blank)]
+        for calibration, groups in self._by_calibration(missing):
+            rows += [self._keep(row) for keys in groups for row in self._measure(keys, calibration)]
         return rows
 
-    def _by_calibration(self, keys: list[Key]) -> Iterator[tuple[Calibration, list[Key]]]:
-        settings = sorted({(key.seed, key.samples, key.source) for key in keys})
+    def _by_calibration(self, missing: list[list[Key]]) -> Iterator[tuple[Calibration, list[list[Key]]]]:
+        settings = sorted({(keys[0].seed, keys[0].samples, keys[0].source) for keys in missing})
         for seed, samples, source in settings:
-            group = [key for key in keys if (key.seed, key.samples, key.source) == (seed, samples, source)]
-            yield self.calibration(seed, samples, source), group
+            same = [keys for keys in missing if (keys[0].seed, keys[0].samples, keys[0].source) == (seed, samples, source)]
+            yield self.calibration(seed, samples, source), same
 
     def calibration(self, seed: int, samples: int, source: Source) -> Calibration:
         """What the methods may look at."""
@@ -148,36 +168,42 @@ class Laboratory:
         self.report(f"calibrated: seed {seed}, {samples} windows of the {source} text, {seconds:.1f} s")
         return Calibration(batches, stats, inputs)
 
-    def _perplexities(self, model: torch.nn.Module) -> tuple[float, float]:
+    def _perplexities(self, model: torch.nn.Module, judge: str) -> tuple[float, float]:
         measured = [
-            perplexity(model, self.judging[name], window=self.sizes.window, batch_size=EVALUATION_BATCH).perplexity
+            perplexity(model, self._judging[judge][name], window=self.sizes.window, batch_size=EVALUATION_BATCH).perplexity
             for name in ("in", "out")
         ]
         return measured[0], measured[1]
 
-    def _uncompressed(self) -> Row:
-        inside, outside = self._perplexities(self.model)
+    def _uncompressed(self, blank: Key) -> Row:
+        inside, outside = self._perplexities(self.model, blank.judge)
         size = FLOAT_BYTES * model_parameters(self.model)
-        return self._row(self.blank, size, perplexity_in=inside, perplexity_out=outside, rise_in=0.0, rise_out=0.0, bytes=size)
+        return self._row(blank, size, perplexity_in=inside, perplexity_out=outside, rise_in=0.0, rise_out=0.0, bytes=size)
 
-    def _measure(self, key: Key, calibration: Calibration) -> Row:
-        budget = byte_budget(self.model, key.ratio)
+    def _measure(self, keys: list[Key], calibration: Calibration) -> list[Row]:
+        budget = byte_budget(self.model, keys[0].ratio)
         try:
-            return self._row(key, budget, **self._outcome(key, calibration, budget))
+            model, spent = self._compressed(keys[0], calibration, budget)
+            return [self._row(key, budget, **spent, **self._rises(key, model)) for key in keys]
         # Whatever a method raises is a result: it stands in the document.
         except Exception as error:
             self.report(traceback.format_exc())
-            return self._row(key, budget, failure=one_sentence(str(error) or type(error).__name__))
+            return [self._row(key, budget, failure=one_sentence(str(error) or type(error).__name__)) for key in keys]
 
-    def _outcome(self, key: Key, calibration: Calibration, budget: int) -> dict[str, float | int | None]:
+    def _compressed(
+        self, key: Key, calibration: Calibration, budget: int
+    ) -> tuple[torch.nn.Module, dict[str, float | int | None]]:
         model, method = copy.deepcopy(self.model), self.methods[key.method]
         start = time.perf_counter()
         size, memory = peak_growth(lambda: method(model, calibration, key.ratio))
         seconds = time.perf_counter() - start
         if size > budget:
             raise ValueError(f"{key.method} must store at most {budget} bytes at ratio {key.ratio}, got {size}.")
-        inside, outside = self._perplexities(model)
-        plain = self.results.rows[self.blank]
+        return model, {"bytes": size, "seconds": round(seconds, 2), "memory": memory}
+
+    def _rises(self, key: Key, model: torch.nn.Module) -> dict[str, float]:
+        inside, outside = self._perplexities(model, key.judge)
+        plain = next(self.results.rows[blank] for blank in self.blanks if blank.judge == key.judge)
         assert plain.perplexity_in is not None  # an uncompressed row is never a failed one
         assert plain.perplexity_out is not None
         return {
@@ -185,9 +211,6 @@ class Laboratory:
             "perplexity_out": outside,
             "rise_in": math.log(inside / plain.perplexity_in),
             "rise_out": math.log(outside / plain.perplexity_out),
-            "bytes": size,
-            "seconds": round(seconds, 2),
-            "memory": memory,
         }
 
     def _row(self, key: Key, budget: int, **outcome: float | int | str | None) -> Row:
@@ -220,7 +243,7 @@ def _digest(directory: Path) -> str:
 
 def _one_line(row: Row) -> str:
     key = row.key
-    head = f"{key.model}  {key.method}  ratio {key.ratio}  seed {key.seed}"
+    head = f"{key.model}  {key.method}  ratio {key.ratio}  seed {key.seed}  {key.judge}"
     if row.failure is not None:
         return f"{head}  failed: {row.failure}"
     took = "" if row.seconds is None else f", {row.seconds:.1f} s"
