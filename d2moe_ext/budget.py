@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from d2moe_ext.config import CompressionConfig
+from d2moe_ext.factor_cost import FactorCost, Purse
 
 INDEX_BYTES = 4
 # A safetensors header spends about this much on a tensor: its name, dtype, shape and two offsets.
@@ -95,6 +96,13 @@ class LayerPlan:
     down_keep: int
     ranks: dict[str, list[int]]
     joint: bool
+    gauge_fixed: bool = False
+
+    @property
+    def factor_costs(self) -> dict[str, FactorCost]:
+        """By projection, in the order of ``ranks``."""
+        shapes = self.shapes.delta_shapes(self.joint)
+        return {name: FactorCost(out, inputs, self.gauge_fixed) for name, (out, inputs) in shapes.items()}
 
     @property
     def base_elements(self) -> int:
@@ -112,17 +120,18 @@ class LayerPlan:
 
     @property
     def index_elements(self) -> int:
-        """Columns (absent where all are kept), expert_to_base, and rank and starts of each delta."""
+        """Columns (absent where all are kept), expert_to_base, and of each delta rank and starts, and its pivots if any."""
         s = self.shapes
         columns = self.gate_up_kept if self.gate_up_kept < s.hidden_size else 0
         columns += self.down_kept if self.down_kept < s.intermediate_size else 0
         per_delta = 3 * s.num_experts * len(s.delta_shapes(self.joint))
-        return self.num_bases * columns + 2 * s.num_experts + per_delta
+        pivots = sum(cost.indices(self.ranks[name]) for name, cost in self.factor_costs.items())
+        return self.num_bases * columns + 2 * s.num_experts + per_delta + pivots
 
     @property
     def delta_parameters(self) -> int:
-        shapes = self.shapes.delta_shapes(self.joint)
-        return sum(sum(self.ranks[name]) * (out + inp) for name, (out, inp) in shapes.items())
+        """Elements of the factors as they are stored."""
+        return sum(cost.floats(self.ranks[name]) for name, cost in self.factor_costs.items())
 
     def parameters(self, count: str) -> int:
         return self.base_parameters(count) + self.index_elements + self.shapes.bias_parameters + self.delta_parameters
@@ -131,7 +140,7 @@ class LayerPlan:
     def stored_tensors(self) -> int:
         s = self.shapes
         columns = (self.gate_up_kept < s.hidden_size) + (self.down_kept < s.intermediate_size)
-        return 4 + columns + 2 * s.has_bias + 5 * len(s.delta_shapes(self.joint))
+        return 4 + columns + 2 * s.has_bias + (5 + self.gauge_fixed) * len(s.delta_shapes(self.joint))
 
     @property
     def active_parameters(self) -> float:
@@ -250,6 +259,7 @@ def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
         down_keep=down_keep,
         ranks={name: [0] * shapes.num_experts for name in shapes.delta_shapes(config.joint_gate_up)},
         joint=config.joint_gate_up,
+        gauge_fixed=config.gauge_fixed,
     )
 
 
@@ -316,9 +326,12 @@ def plan_compression(
     budget = delta_budget(model, config, bare)
     elements = sum(layer.shapes.weight_parameters for layer in bare)
     share = budget / elements
+    # Every expert can then be given its floor, however much the last rows of V are filled up.
+    padding = sum(cost.inputs for layer in bare for cost in layer.factor_costs.values() if cost.gauge_fixed)
+    floors = max(budget - padding, 0) / elements
     finer = 1
     while True:
-        layers = _round_ranks(bare, share, budget, tokens_per_expert, finer)
+        layers = _round_ranks(bare, floors, budget, tokens_per_expert, finer)
         plan = CompressionPlan(model, config, tuple(layers), share)
         target = (1 - config.ratio) * model.total_parameters
         # Only models far smaller than any real one need a finer step than the kernels' own.
@@ -336,21 +349,20 @@ def _round_ranks(
 ) -> list[LayerPlan]:
     """Floor every rank to its step, then hand single steps to experts while the budget lasts."""
     ranks = [{name: list(r) for name, r in layer.ranks.items()} for layer in bare]
-    spent, offers = 0, []
+    purse, offers = Purse(budget), []
     for index, layer in enumerate(bare):
         order = expert_order(layer.shapes.num_experts, tokens_per_expert[index] if tokens_per_expert else None)
-        for name, (out, inp) in layer.shapes.delta_shapes(layer.joint).items():
-            exact = share * out * inp / (out + inp)
+        for name, cost in layer.factor_costs.items():
+            exact = cost.rank_at(share)
             step = max(1, rank_step(exact) // finer)
             floor = int(exact // step) * step
-            ranks[index][name] = [floor] * layer.shapes.num_experts
-            spent += floor * (out + inp) * layer.shapes.num_experts
-            offers += [(place, index, name, expert, step, out + inp) for place, expert in enumerate(order)]
+            offers += [(0, index, name, expert, 0, floor) for expert in order]
+            offers += [(place, index, name, e, floor, floor + step) for place, e in enumerate(order, 1)]
     # By place first, so that every layer's most routed expert is served before any layer's second.
-    for _, index, name, expert, step, cost in sorted(offers):
-        if spent + step * cost <= budget:
-            ranks[index][name][expert] += step
-            spent += step * cost
+    for _, index, name, expert, low, high in sorted(offers):
+        cost, owned = bare[index].factor_costs[name], ranks[index][name]
+        if owned[expert] == low and high <= cost.longest and purse.buy((index, name), cost, low, high):
+            owned[expert] = high
     return [replace(layer, ranks=r) for layer, r in zip(bare, ranks, strict=True)]
 
 

@@ -2,7 +2,7 @@
 
 config.json says it under ``quantization_config``::
 
-    {"quant_method": "d2moe", "format_version": 1,
+    {"quant_method": "d2moe", "format_version": 2,
      "layers": {"model.layers.0.mlp.experts": {"layout": {...}, "gate_up": {...}, "down": {...}, "deltas": {...}}, ...},
      "compression": {"ratio": 0.4, ...}}
 
@@ -26,7 +26,8 @@ from torch import Tensor
 from d2moe_ext.spec import ExpertsSpec
 
 QUANT_METHOD = "d2moe"
-FORMAT_VERSION = 1
+# 2: gauge-fixed factors.
+FORMAT_VERSION = 2
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 

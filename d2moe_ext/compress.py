@@ -27,9 +27,11 @@ from d2moe_ext.global_ranks import choose_global_ranks
 from d2moe_ext.layer_compression import RIDGE, DeltaReport, LayerCompressor
 from d2moe_ext.shapes import model_shapes
 
-# Of base sparsities whose predicted errors differ by less, the smallest is taken: the prediction favours sparse bases. On
-# pydoc_moe at 0.75 (selection text, seed 0, 2026-11-22) it put 0.4 behind 0.8 by 6 %, while 0.4 rose 10 % less.
-SPARSITY_TOLERANCE = 0.06
+# Of base sparsities whose predicted errors differ by less, the smallest is taken: the prediction favours sparse bases, as
+# an expert's own delta fits its calibration tokens more closely than the shared base can. On selection text (seed 0, AMD
+# EPYC, 2026-11-25) it put 0.4 behind 0.9 by 9.6 % on pydoc_moe at ratio 0.75, while log-perplexity rose 0.70 against 0.80;
+# on books-moe, where 0.9 is the best indeed (0.203 against 0.214 for 0.6), it put 0.6 behind by 17 %.
+SPARSITY_TOLERANCE = 0.10
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ _PAPER: dict[str, Any] = {
     "ranks": "uniform",
     "fold": False,
     "joint_gate_up": False,
+    "gauge_fixed": False,
     "alternations": 0,
     "dynamic_pruning": True,
 }
@@ -30,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ranks": "global",
         "fold": True,
         "joint_gate_up": True,
+        "gauge_fixed": True,
         "alternations": 10,
         "dynamic_pruning": False,
     },
@@ -66,6 +68,8 @@ class CompressionConfig:
         fold: take deltas against the pruned base, so that they repair what pruning removed.
         joint_gate_up: one low-rank delta for gate and up together, which then share V. Layouts that interleave
             gate and up rows always do.
+        gauge_fixed: give every V an identity in as many columns as its rank, which is not stored: exact, and what it
+            frees goes to ranks (:mod:`d2moe_ext.gauge`).
         alternations: how often the base is refitted to its experts' truncated deltas (:mod:`d2moe_ext.alternation`).
         dynamic_pruning: prune half of the columns per batch, as the paper does, and half for good; else all for good.
         num_bases: bases per projection; experts with similar weights share one.
@@ -83,6 +87,7 @@ class CompressionConfig:
     ranks: Ranks = None  # type: ignore[assignment]
     fold: bool = None  # type: ignore[assignment]
     joint_gate_up: bool = None  # type: ignore[assignment]
+    gauge_fixed: bool = None  # type: ignore[assignment]
     alternations: int = None  # type: ignore[assignment]
     dynamic_pruning: bool = None  # type: ignore[assignment]
     num_bases: int = 1

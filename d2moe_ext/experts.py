@@ -7,8 +7,11 @@ what the file holds (one name per tensor, in the module's own place in the model
     down_base    [K, H, I_kept]   down_columns    [K, I_kept] int32 where I_kept < I   down_expert_to_base    [E] int32
     gate_up_bias [E, R] and down_bias [E, H] where the model has them
     {projection}_delta_u [R_u, out], _delta_v [R_v, in], _delta_rank, _delta_u_start, _delta_v_start [E] int32
+    {projection}_delta_pivots [R_u] int32 where the factors are gauge-fixed (:mod:`d2moe_ext.gauge`)
 
-Expert e's delta of a projection is ``delta_u[u : u + r].T @ delta_v[v : v + r]`` with ``r, u, v`` its rank and starts.
+Expert e's delta of a projection is ``delta_u[u : u + r].T @ V`` with ``r, u, v`` its rank and starts and ``V`` the rows
+``delta_v[v : v + r]``. Gauge-fixed, columns ``delta_pivots[u : u + r]`` of V are an identity, and its other columns stand
+row by row in the flat ``delta_v`` from element v on; R_v rows of ``in`` elements are as many as that needs.
 """
 
 from __future__ import annotations
@@ -92,6 +95,8 @@ class D2MoEExperts(nn.Module):
             setattr(self, f"{name}_delta_v", _frozen(delta.v_rows, inputs, dtype=dtype, device=device))
             for part in ("rank", "u_start", "v_start"):
                 self._register_indices(f"{name}_delta_{part}", (layout.num_experts,), device)
+            if spec.gauge_fixed:
+                self._register_indices(f"{name}_delta_pivots", (delta.u_rows,), device)
         self.refresh_column_norms()
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
@@ -146,11 +151,17 @@ class D2MoEExperts(nn.Module):
             _check_range(f"{name}: {group}_expert_to_base", bases, self._group(group).num_bases)
         for projection, delta in self.spec.deltas.items():
             rank = getattr(self, f"{projection}_delta_rank").long()
-            for part, rows in (("u", delta.u_rows), ("v", delta.v_rows)):
-                start = getattr(self, f"{projection}_delta_{part}_start").long()
-                _check_range(f"{name}: {projection}_delta_rank", rank, rows + 1)
-                _check_range(f"{name}: {projection}_delta_{part}_start", start, rows + 1)
-                _check_range(f"{name}: {projection}_delta_{part}_start + rank", start + rank, rows + 1)
+            u_start, v_start = (getattr(self, f"{projection}_delta_{part}_start").long() for part in ("u", "v"))
+            what = f"{name}: {projection}_delta"
+            inputs = self.spec.shape_of(projection)[1]
+            _check_range(f"{what}_rank", rank, min(delta.u_rows, inputs) + 1)
+            _check_slices(f"{what}_u_start", u_start, "rank", rank, delta.u_rows)
+            if not self.spec.gauge_fixed:
+                _check_slices(f"{what}_v_start", v_start, "rank", rank, delta.v_rows)
+                continue
+            elements = rank * (inputs - rank)
+            _check_slices(f"{what}_v_start", v_start, "rank * (columns - rank)", elements, delta.v_rows * inputs)
+            _check_pivots(f"{what}_pivots", getattr(self, f"{projection}_delta_pivots").long(), u_start, rank, inputs)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the experts: ``[T, H]``, ``[T, k]`` ids and ``[T, k]`` router weights to ``[T, H]``.
@@ -192,9 +203,11 @@ class D2MoEExperts(nn.Module):
         )
 
     def _deltas(self, names: tuple[str, ...]) -> list[list[Tensor]]:
-        """delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, one entry for each of ``names``."""
+        """delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots: one entry for each of ``names``, but
+        no pivots where V is stored whole."""
         parts = ("u", "v", "rank", "u_start", "v_start")
-        return [[getattr(self, f"{name}_delta_{part}") for name in names] for part in parts]
+        lists = [[getattr(self, f"{name}_delta_{part}") for name in names] for part in parts]
+        return [*lists, [getattr(self, f"{name}_delta_pivots") for name in names if self.spec.gauge_fixed]]
 
     @classmethod
     def uncompressed(cls, view: ExpertsView) -> UncompressedExperts:
@@ -209,6 +222,24 @@ def _check_range(what: str, indices: Tensor, end: int) -> None:
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= end):
         value = int(indices.min()) if int(indices.min()) < 0 else int(indices.max())
         raise ValueError(f"{what} must be in 0..{end - 1}, got {value}")
+
+
+def _check_slices(what: str, start: Tensor, length_name: str, length: Tensor, end: int) -> None:
+    """``start : start + length`` of every expert must lie within ``end`` rows or elements."""
+    _check_range(what, start, end + 1)
+    _check_range(f"{what} + {length_name}", start + length, end + 1)
+
+
+def _check_pivots(what: str, pivots: Tensor, start: Tensor, rank: Tensor, columns: int) -> None:
+    """The pivots must be columns, and ascend within each expert."""
+    _check_range(what, pivots, columns)
+    for expert, (first, count) in enumerate(zip(start.tolist(), rank.tolist(), strict=True)):
+        steps = pivots[first : first + count].diff()
+        if steps.numel() and int(steps.min()) < 1:
+            at = first + int(steps.argmin())
+            raise ValueError(
+                f"{what} must ascend within an expert, got {int(pivots[at])} before {int(pivots[at + 1])} for expert {expert}"
+            )
 
 
 def _refresh_after_load(module: D2MoEExperts, incompatible_keys: object) -> None:

@@ -16,6 +16,7 @@ from d2moe_ext.budget import LayerPlan
 from d2moe_ext.calibration import LayerStats
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.experts import D2MoEExperts, DeltaSpec, ExpertsSpec, GroupSpec
+from d2moe_ext.gauge import fix_gauge, flat_rows
 from d2moe_ext.merge import PrunedBase, shared_bases
 from d2moe_ext.reference.whitened_svd import ridged_gram
 
@@ -54,6 +55,11 @@ def shrunk_down_gram(stats: LayerStats, expert: int) -> Tensor:
     shrunk = gram / (tokens + SHRINKAGE_TOKENS)
     shrunk.diagonal().add_(gram.diagonal().mean() / tokens * SHRINKAGE_TOKENS / (tokens + SHRINKAGE_TOKENS))
     return shrunk
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    """Where each of several parts begins if they stand one after the other, ``[E]`` int32."""
+    return (lengths.cumsum(0) - lengths).to(torch.int32)
 
 
 def delta_rows(name: str, gate_up_rows: int) -> slice:
@@ -139,16 +145,41 @@ class LayerCompressor:
             for expert, u, v, sigma, ridge in zip(stack, *parts, strict=True):
                 yield expert, u[:, : ranks[expert]], v[: ranks[expert]], sigma, ridge  # the factors are nested in rank
 
-    def factor(self, name: str) -> tuple[Tensor, Tensor, DeltaReport]:
-        """A projection's factors over all experts, ``[R, out]`` and ``[R, in]``, in the order of the experts."""
-        rows_u, rows_v, errors, ridges = [], [], [], []
+    def factor(self, name: str) -> tuple[dict[str, Tensor], DeltaReport]:
+        """A projection's factors over all experts, in the order of the experts, under their names in the file."""
+        rows_u, parts_v, pivots, errors, ridges = [], [], [], [], []
         for _, u, v, sigma, ridge in self._factors(name):
-            rows_u.append(u.T)
-            rows_v.append(v)
             energy = float(sigma.square().sum())
             errors.append((float(sigma[len(v) :].square().sum()) / energy) ** 0.5 if energy else 0.0)
             ridges.append(float(ridge))
-        return torch.cat(rows_u), torch.cat(rows_v), DeltaReport(errors, ridges)
+            if self.config.gauge_fixed:
+                u, v, chosen = fix_gauge(u, v)
+                pivots.append(chosen)
+            rows_u.append(u.T)
+            parts_v.append(v)
+        return self.factor_state(name, rows_u, parts_v, pivots), DeltaReport(errors, ridges)
+
+    def factor_state(self, name: str, rows_u: list[Tensor], parts_v: list[Tensor], pivots: list[Tensor]) -> dict[str, Tensor]:
+        """A projection's tensors under their names in the file.
+
+        Args:
+            rows_u: per expert ``[r, out]``.
+            parts_v: per expert ``[r, in]``, or gauge-fixed ``[r, in - r]``.
+            pivots: per expert ``[r]``; none where V is stored whole.
+        """
+        cost, ranks = self.plan.factor_costs[name], self.plan.ranks[name]
+        rank = torch.tensor(ranks, dtype=torch.int32)
+        elements = torch.tensor([cost.v_elements(r) for r in ranks])
+        state = {
+            "delta_u": torch.cat(rows_u),
+            "delta_v": flat_rows(parts_v, cost.inputs),
+            "delta_rank": rank,
+            "delta_u_start": _starts(rank),
+            "delta_v_start": _starts(elements if cost.gauge_fixed else rank),
+        }
+        if cost.gauge_fixed:
+            state["delta_pivots"] = torch.cat(pivots).to(torch.int32)
+        return {f"{name}_{key}": value for key, value in state.items()}
 
     def _targets(self, group: str) -> list[ExpertTarget]:
         """Per expert what it asks of its base: its weight less its truncated delta, in the metric of the deltas' SVD."""
@@ -204,12 +235,14 @@ class LayerCompressor:
 
     def spec(self) -> ExpertsSpec:
         plan = self.plan
-        deltas = {name: DeltaSpec(u_rows=sum(r), v_rows=sum(r)) for name, r in plan.ranks.items()}
+        costs = plan.factor_costs
+        deltas = {name: DeltaSpec(u_rows=sum(r), v_rows=costs[name].v_rows(r)) for name, r in plan.ranks.items()}
         return ExpertsSpec(
             layout=self.view.layout,
             gate_up=GroupSpec(plan.num_bases, plan.gate_up_kept, plan.gate_up_keep),
             down=GroupSpec(plan.num_bases, plan.down_kept, plan.down_keep),
             deltas=deltas,
+            gauge_fixed=plan.gauge_fixed,
         )
 
     @torch.no_grad()
@@ -229,12 +262,9 @@ class LayerCompressor:
                 rows = [row for e in range(view.layout.num_experts) if (row := bias(e)) is not None]
                 state[f"{group}_bias"] = torch.stack(rows)
         reports = {}
-        for name, ranks in self.plan.ranks.items():
-            state[f"{name}_delta_u"], state[f"{name}_delta_v"], reports[name] = self.factor(name)
-            rank = torch.tensor(ranks, dtype=torch.int32)
-            start = (rank.cumsum(0) - rank).to(torch.int32)
-            state[f"{name}_delta_rank"] = rank
-            state[f"{name}_delta_u_start"] = state[f"{name}_delta_v_start"] = start
+        for name in self.plan.ranks:
+            factors, reports[name] = self.factor(name)
+            state |= factors
         for key, value in state.items():
             if not bool(value.isfinite().all()):
                 raise RuntimeError(f"compress: {key} of {view.name} must be finite, got NaN or infinity.")

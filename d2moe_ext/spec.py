@@ -8,6 +8,8 @@ from typing import Any
 from d2moe_ext.adapters import ExpertsLayout
 
 GROUPS = ("gate_up", "down")
+# Gauge-fixed V's start at an element, counted in int32.
+_LARGEST_START = 2**31 - 1
 _DELTA_ORDER = ("gate", "up", "gate_up", "down")
 
 
@@ -22,7 +24,10 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class DeltaSpec:
-    """The rows that all experts' U and V of one projection take together."""
+    """The rows that all experts' U and V of one projection take together.
+
+    Gauge-fixed, V's are as many as its stored elements fill (:mod:`d2moe_ext.gauge`), the last one in part.
+    """
 
     u_rows: int
     v_rows: int
@@ -44,6 +49,7 @@ class ExpertsSpec:
         gate_up, down: the bases.
         deltas: by projection: gate, up and down; or gate_up and down (which interleaved rows require); up and down
             where there is no gate; or none.
+        gauge_fixed: every V has an identity in as many columns as its rank, which is not stored.
 
     Raises:
         ValueError: one sentence, for numbers that do not describe a layer.
@@ -53,6 +59,7 @@ class ExpertsSpec:
     gate_up: GroupSpec
     down: GroupSpec
     deltas: dict[str, DeltaSpec]
+    gauge_fixed: bool = False
 
     def __post_init__(self) -> None:
         for group, columns in (("gate_up", self.layout.hidden_size), ("down", self.layout.intermediate_size)):
@@ -77,6 +84,11 @@ class ExpertsSpec:
         for name, delta in self.deltas.items():
             if delta.u_rows < 0 or delta.v_rows < 0:
                 raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")
+            if self.gauge_fixed and delta.v_rows * self.shape_of(name)[1] > _LARGEST_START:
+                raise ValueError(
+                    f"ExpertsSpec: deltas.{name} must have at most {_LARGEST_START} elements of V where gauge_fixed, "
+                    f"got {delta.v_rows} rows of {self.shape_of(name)[1]}"
+                )
 
         # One order whatever the source (config.json sorts its keys): it is that of the tensors in sharded files.
         object.__setattr__(self, "deltas", {name: self.deltas[name] for name in _DELTA_ORDER if name in self.deltas})
@@ -104,7 +116,9 @@ class ExpertsSpec:
         Raises:
             ValueError: one sentence, for a missing, unknown or mistyped entry, or numbers that describe no layer.
         """
-        _check_keys("spec", data, {"layout", "gate_up", "down", "deltas"})
+        # Files of the format's first version do not say whether factors are gauge-fixed: theirs are not.
+        data = {"gauge_fixed": False} | data if isinstance(data, dict) else data
+        _check_keys("spec", data, {"layout", "gate_up", "down", "deltas", "gauge_fixed"})
         if not isinstance(data["deltas"], dict):
             raise ValueError(f"ExpertsSpec: deltas must be a mapping, got {data['deltas']!r}")
         return cls(
@@ -112,6 +126,7 @@ class ExpertsSpec:
             gate_up=_from_dict(GroupSpec, "gate_up", data["gate_up"]),
             down=_from_dict(GroupSpec, "down", data["down"]),
             deltas={name: _from_dict(DeltaSpec, f"deltas.{name}", delta) for name, delta in data["deltas"].items()},
+            gauge_fixed=_flag("gauge_fixed", data["gauge_fixed"]),
         )
 
 
@@ -122,6 +137,12 @@ def _check_keys(where: str, data: Any, expected: set[str]) -> None:
     if not isinstance(data, dict) or set(data) != expected:
         got = sorted(data) if isinstance(data, dict) else repr(data)
         raise ValueError(f"ExpertsSpec: {where} must have the entries {sorted(expected)}, got {got}")
+
+
+def _flag(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"ExpertsSpec: {where} must be bool, got {value!r}")
+    return value
 
 
 def _from_dict(kind: Any, where: str, data: Any) -> Any:

@@ -25,7 +25,7 @@ ACTIVATIONS = {
     "relu2": lambda x: functional.relu(x) ** 2,
 }
 GATE_UP = ("base", "columns", "column_norms", "expert_to_base", "keep", "bias")
-DELTA = ("delta_u", "delta_v", "delta_rank", "delta_u_start", "delta_v_start")
+DELTA = ("delta_u", "delta_v", "delta_rank", "delta_u_start", "delta_v_start", "delta_pivots")
 
 
 @dataclass
@@ -94,6 +94,7 @@ def make_layer(
     dtype: torch.dtype = torch.float32,
     index_dtype: torch.dtype = torch.int64,
     strided: bool = False,
+    gauge_fixed: bool = False,
 ) -> Layer:
     """A random layer.
 
@@ -103,6 +104,7 @@ def make_layer(
         sharing: ``"none"``, ``"v"`` (one V for all experts) or ``"uv"`` (one U, too).
         kept, keep: shares of the columns that (gate_up's, down's) bases store, and of those the share they multiply.
         strided: every tensor is a view with gaps, transposed where it has two dimensions or more.
+        gauge_fixed: every V has an identity at its pivots; what fills its tensor up is NaN.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -144,12 +146,28 @@ def make_layer(
         zeros = [0] * experts
         v_rows = max(rank) if sharing in ("v", "uv") else sum(rank)
         u_rows = max(rank) if sharing == "uv" else sum(rank)
+        if gauge_fixed:
+            return gauge_fixed_delta(out, width, rank, starts, full)
         return {
             "delta_u": normal(u_rows, out, scale=full**-0.5),
             "delta_v": normal(v_rows, width, scale=width**-0.5),
             "delta_rank": integers(rank),
             "delta_u_start": integers(zeros if sharing == "uv" else starts),
             "delta_v_start": integers(starts if sharing == "none" else zeros),
+        }
+
+    def gauge_fixed_delta(out: int, width: int, rank: list[int], starts: list[int], full: int) -> dict:
+        elements = [r * (width - r) for r in rank]
+        flat = torch.randn(sum(elements), generator=generator, dtype=torch.float64) * width**-0.5
+        v = torch.cat([flat, flat.new_full((-len(flat) % width,), torch.nan)]).view(-1, width).to(dtype)
+        pivots = [torch.randperm(width, generator=generator)[:r].sort().values for r in rank]
+        return {
+            "delta_u": normal(sum(rank), out, scale=full**-0.5),
+            "delta_v": spread(v),
+            "delta_rank": integers(rank),
+            "delta_u_start": integers(starts),
+            "delta_v_start": integers([sum(elements[:e]) for e in range(experts)]),
+            "delta_pivots": spread(torch.cat(pivots).to(INT32)),
         }
 
     rows = 2 * inter if gated else inter
@@ -171,7 +189,7 @@ def make_layer(
         "top_k_weights": spread(torch.rand(tokens, top_k, generator=generator).to(dtype)),
         **group("gate_up", bases[0], rows, hidden, kept[0], keep[0]),
         **group("down", bases[1], hidden, inter, kept[1], keep[1]),
-        **{name: [item[name] for item in lists] for name in DELTA},
+        **{name: [item[name] for item in lists if name in item] for name in DELTA},
         "activation": activation,
         "interleaved": interleaved,
     }
@@ -203,14 +221,29 @@ def _dense_weights(arguments: dict, group: str, deltas: slice, width: int, masks
         weight[:, place] = base[b] * masks[b]
         absolute = weight.abs()
         row = 0
-        for u, v, rank, u_start, v_start in zip(*(arguments[name][deltas] for name in DELTA), strict=True):
+        pivots = arguments["delta_pivots"] or [None] * len(arguments["delta_u"])
+        lists = [*(arguments[name][deltas] for name in DELTA[:-1]), pivots[deltas]]
+        for u, v, rank, u_start, v_start, identity in zip(*lists, strict=True):
             r, s, q = int(rank[expert]), int(u_start[expert]), int(v_start[expert])
-            factor_u, factor_v = u[s : s + r].double().T, v[q : q + r].double()
+            factor_u = u[s : s + r].double().T
+            factor_v = v[q : q + r].double() if identity is None else _whole_v(v, q, identity[s : s + r].tolist())
             weight[row : row + u.shape[1]] += factor_u @ factor_v
             absolute[row : row + u.shape[1]] += factor_u.abs() @ factor_v.abs()
             row += u.shape[1]
         weights.append((weight, absolute))
     return weights
+
+
+def _whole_v(v: Tensor, start: int, pivots: list[int]) -> Tensor:
+    """``[r, in]`` float64: row by row 1 at the row's own pivot, 0 at the others', and what is stored in between."""
+    rows, stored = torch.zeros(len(pivots), v.shape[1], dtype=torch.float64), v.flatten().tolist()
+    for i, pivot in enumerate(pivots):
+        for column in range(v.shape[1]):
+            if column not in pivots:
+                rows[i, column] = stored[start]
+                start += 1
+        rows[i, pivot] = 1.0
+    return rows
 
 
 def _masks(arguments: dict, group: str, inputs: list[list[Tensor]], width: int) -> tuple[list[Tensor], float]:

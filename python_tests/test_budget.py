@@ -1,6 +1,7 @@
 """Counting and planning: the paper's Table 12, budgets that land, ratios that cannot be reached."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from paper_config import paper_config
 
 from d2moe_ext.budget import LayerShapes, ModelShapes, kept_columns, plan_compression, without_deltas
-from d2moe_ext.global_ranks import choose_global_ranks
+from d2moe_ext.factor_cost import FactorCost, Purse
+from d2moe_ext.global_ranks import choose_global_ranks, concave_points
 
 # The preserved shares of the deltas in the paper's Table 12, in percent.
 TABLE_12 = {
@@ -42,11 +44,12 @@ def test_table_12_is_reproduced_within_a_twentieth_of_a_point(sparsity, ratio):
     count=st.sampled_from(["stored", "paper"]),
     num_experts=st.integers(4, 12),
     joint=st.booleans(),
+    gauge_fixed=st.booleans(),
     options=st.sampled_from([{}, {"gated": False}, {"interleaved": True, "has_bias": True}, {"has_bias": True}]),
 )
-def test_a_plan_lands_within_half_a_percent_and_never_above(ratio, sparsity, count, num_experts, joint, options):
+def test_a_plan_lands_within_half_a_percent_and_never_above(ratio, sparsity, count, num_experts, joint, gauge_fixed, options):
     model = small(num_experts=num_experts, **options)
-    config = paper_config(ratio, base_sparsity=sparsity, count=count, joint_gate_up=joint)
+    config = paper_config(ratio, base_sparsity=sparsity, count=count, joint_gate_up=joint, gauge_fixed=gauge_fixed)
     bare = model.other_parameters + sum(without_deltas(layer, config).parameters(count) for layer in model.layers)
     if bare > (1 - ratio) * model.total_parameters:
         with pytest.raises(ValueError, match="ratio must lie between 0 and"):
@@ -55,6 +58,65 @@ def test_a_plan_lands_within_half_a_percent_and_never_above(ratio, sparsity, cou
     plan = plan_compression(model, config)
     target = (1 - ratio) * model.total_parameters
     assert 0.995 * target <= plan.compressed_parameters <= target
+
+
+@given(
+    out=st.integers(1, 50),
+    inputs=st.integers(1, 50),
+    gauge_fixed=st.booleans(),
+    ranks=st.lists(st.integers(0, 50), min_size=1, max_size=6),
+)
+def test_factors_cost_what_they_store(out, inputs, gauge_fixed, ranks):
+    cost = FactorCost(out, inputs, gauge_fixed)
+    ranks = [min(rank, cost.longest) for rank in ranks]
+    elements = [rank * inputs - (rank**2 if gauge_fixed else 0) for rank in ranks]
+    assert cost.floats(ranks) == out * sum(ranks) + inputs * math.ceil(sum(elements) / inputs)
+    assert cost.indices(ranks) == (sum(ranks) if gauge_fixed else 0)
+    for rank, stored in zip(ranks, elements, strict=True):
+        assert cost.of(rank) == rank * out + stored + cost.indices([rank])
+        assert cost.rank_at(cost.of(rank) / (out * inputs)) == pytest.approx(rank, abs=1e-6)
+    purse = Purse(10**6)
+    bought = [purse.buy("delta", cost, 0, rank // 2) and purse.buy("delta", cost, rank // 2, rank) for rank in ranks]
+    assert all(bought)
+    assert 10**6 - purse.left == cost.floats(ranks) + cost.indices(ranks)
+    empty = Purse(cost.floats(ranks) + cost.indices(ranks) - 1)
+    assert not all(empty.buy("delta", cost, 0, rank) for rank in ranks) or not any(ranks)
+
+
+def test_gauge_fixed_factors_buy_higher_ranks():
+    model = small()
+    plans = {fixed: plan_compression(model, paper_config(0.4, gauge_fixed=fixed)) for fixed in (False, True)}
+    for name, whole in plans[False].layers[0].ranks.items():
+        assert sum(plans[True].layers[0].ranks[name]) > sum(whole)
+        assert min(plans[True].layers[0].ranks[name]) >= max(whole)
+    fixed = plans[True]
+    indices = 4 * sum(layer.index_elements for layer in fixed.layers)
+    pivots = sum(sum(ranks) for layer in fixed.layers for ranks in layer.ranks.values())
+    whole_indices = 4 * sum(layer.index_elements for layer in plans[False].layers)
+    assert indices - whole_indices == 4 * pivots
+    assert fixed.layers[0].stored_tensors - plans[False].layers[0].stored_tensors == 3  # gate's, up's and down's pivots
+
+
+@pytest.mark.parametrize("longest", [30, 200])
+def test_greedy_buying_joins_steps_whose_price_falls(longest):
+    """All ranks of one delta save alike: gauge-fixed, the last ones cost least, so that all are bought or none."""
+    model = small(num_layers=1, num_experts=4, hidden=longest, inter=longest, other=longest)
+    config = paper_config(
+        0.5, decomposition="two_sided", ranks="global", base_sparsity=0.5, joint_gate_up=True, gauge_fixed=True
+    )
+    plan = plan_compression(model, config)
+    savings = [{name: [np.ones(longest)] * 4 for name in plan.layers[0].ranks}]
+    ranks = choose_global_ranks(plan, savings).layers[0].ranks
+    every = ranks["gate_up"] + ranks["down"]
+    # What is left over buys single steps.
+    assert every.count(longest) >= 2
+
+
+def test_concave_points_skip_what_saves_less_than_the_line_past_it():
+    assert concave_points([0, 1, 2, 3], [0, 3, 5, 6]) == [0, 1, 2, 3]
+    assert concave_points([0, 1, 2, 3], [0, 1, 4, 5]) == [0, 2, 3]
+    assert concave_points([0, 1, 2, 4], [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert concave_points([0, 1, 2, 4], [0, 1, 2, 5]) == [0, 3]
 
 
 def test_ranks_follow_the_kernels_step_and_differ_by_one():

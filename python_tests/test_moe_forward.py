@@ -19,6 +19,7 @@ def layers(draw: st.DrawFn) -> Layer:
     deltas = draw(st.sampled_from(["separate", "joint", "none"]))
     shares = st.sampled_from([1.0, 0.6])
     bases = st.sampled_from([1, min(2, experts), experts])
+    gauge_fixed = draw(st.booleans())
     return make_layer(
         draw(st.integers(0, 2**31)),
         tokens=draw(st.sampled_from([0, 1, 2, 5, 19])),
@@ -32,7 +33,7 @@ def layers(draw: st.DrawFn) -> Layer:
         activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
         deltas=deltas,
         ranks=draw(st.sampled_from(["ragged", "uniform", "zero"])),
-        sharing=draw(st.sampled_from(["none", "v", "uv"])),
+        sharing="none" if gauge_fixed else draw(st.sampled_from(["none", "v", "uv"])),
         bias=draw(st.booleans()),
         kept=(draw(shares), draw(shares)),
         keep=(draw(shares), draw(shares)),
@@ -41,6 +42,7 @@ def layers(draw: st.DrawFn) -> Layer:
         dtype=draw(st.sampled_from(DTYPES)),
         index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
         strided=draw(st.booleans()),
+        gauge_fixed=gauge_fixed,
     )
 
 

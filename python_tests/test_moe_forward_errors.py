@@ -15,6 +15,7 @@ LAYER = make_layer(
     1, tokens=7, top_k=2, experts=4, hidden=12, inter=10, bias=True, kept=(0.5, 0.5), keep=(0.5, 0.5), ranks="uniform"
 )
 A = LAYER.arguments
+PIVOTS = make_layer(1, experts=4, hidden=12, inter=10, deltas="joint", ranks="uniform", gauge_fixed=True).arguments
 INTERLEAVED = make_layer(1, interleaved=True, deltas="separate").arguments
 UNGATED = make_layer(1, gated=False).arguments
 
@@ -82,6 +83,31 @@ ERRORS = [
 ]  # fmt: skip
 
 
+def pivots_changed(name: str, index: int, position: tuple[int, ...], value: int) -> dict:
+    """Some list of the gauge-fixed layer, whose deltas have ranks 6 of 12 columns and 5 of 10."""
+    return {name: [with_value(v, position, value) if i == index else v for i, v in enumerate(PIVOTS[name])]}
+
+
+PIVOT_ERRORS = [
+    ({"delta_pivots": PIVOTS["delta_pivots"][:1]}, "delta_pivots must hold 2 tensors like delta_u, got 1"),
+    ({"delta_pivots": [p.long() for p in PIVOTS["delta_pivots"]]}, "delta_pivots[0] must be Int, got Long"),
+    ({"delta_pivots": [p[1:] for p in PIVOTS["delta_pivots"]]}, "delta_pivots[0] must have shape [24], got [23]"),
+    (pivots_changed("delta_rank", 0, (3,), 13), "delta_u_start[0] and the rank must stay within the 24 rows of delta_u[0], got start 18 and rank 13 for expert 3"),
+    (pivots_changed("delta_rank", 0, (0,), 13), "delta_rank[0] must be at most the 12 columns of delta_v[0] where there are pivots, got 13 for expert 0"),
+    (pivots_changed("delta_v_start", 1, (3,), 76), "delta_v_start[1] and the rank must stay within the 100 elements of delta_v[1], got start 76 and rank 5 for expert 3"),
+    (pivots_changed("delta_v_start", 1, (0,), -1), "delta_v_start[1] and the rank must stay within the 100 elements of delta_v[1], got start -1 and rank 5 for expert 0"),
+    (pivots_changed("delta_pivots", 0, (5,), 12), "delta_pivots[0] must ascend from 0 to 11 within an expert, got 12 for expert 0"),
+    (pivots_changed("delta_pivots", 0, (0,), -1), "delta_pivots[0] must ascend from 0 to 11 within an expert, got -1 for expert 0"),
+    (pivots_changed("delta_pivots", 1, (1,), int(PIVOTS["delta_pivots"][1][0])), f"delta_pivots[1] must ascend from 0 to 9 within an expert, got {int(PIVOTS['delta_pivots'][1][0])} for expert 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "sentence"), PIVOT_ERRORS, ids=range(len(PIVOT_ERRORS)))
+def test_moe_forward_refuses_wrong_pivots(change: dict, sentence: str) -> None:
+    ops.moe_forward(**PIVOTS)
+    refuse(ops.moe_forward, PIVOTS | change, f"moe_forward: {sentence}")
+
+
 @pytest.mark.parametrize(("change", "sentence"), ERRORS, ids=range(len(ERRORS)))
 def test_moe_forward_refuses(change: dict, sentence: str) -> None:
     ops.moe_forward(**A)
@@ -91,7 +117,7 @@ def test_moe_forward_refuses(change: dict, sentence: str) -> None:
 def test_moe_forward_refuses_deltas_that_do_not_fit_the_gate() -> None:
     sentence = "moe_forward: delta_u must hold 2 tensors (gate_up, down) where gate_up is interleaved, got 3"
     refuse(ops.moe_forward, INTERLEAVED, sentence)
-    lists = {name: [*UNGATED[name], UNGATED[name][1]] for name in UNGATED if name.startswith("delta_")}
+    lists = {name: [*UNGATED[name], *UNGATED[name][1:]] for name in UNGATED if name.startswith("delta_")}
     refuse(ops.moe_forward, UNGATED | lists, "moe_forward: delta_u must hold 0 or 2 tensors, got 3")
 
 

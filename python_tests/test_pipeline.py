@@ -31,7 +31,10 @@ def test_calibrate_compress_save_load_patch_generate(family, tmp_path):
     assert held == report.plan.stored_parameters - indices
     with torch.no_grad():
         expected = model(input_ids=ids[:1]).logits
-        assert torch.equal(loaded(input_ids=ids[:1]).logits, expected)
+        # The same weights bit for bit; products may differ in the last bits where they are placed at another alignment.
+        state = model.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+        torch.testing.assert_close(loaded(input_ids=ids[:1]).logits, expected, rtol=1e-5, atol=1e-6)
         native = d2moe_ext.patch_model(loaded)(input_ids=ids[:1]).logits
     assert float((native - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
     prompt = ids[:1, :4]

@@ -24,7 +24,7 @@ __all__ = [
 def _own_methods() -> dict[str, Method]:
     return {
         "paper": paper_method(),
-        "default": package_method(),
+        "default": package_method(version=2),
         "paper, frequency": paper_method(merge="frequency"),
         "paper, mean": paper_method(merge="mean"),
         "paper, n·Fisher": paper_method(merge="fisher_frequency"),
@@ -36,7 +36,8 @@ def _own_methods() -> dict[str, Method]:
         "fold, joint, two-sided, global": paper_method(
             fold=True, joint_gate_up=True, decomposition="two_sided", ranks="global"
         ),
-        "fold, joint, two-sided, global, alternated": package_method(base_sparsity=0.05),
+        "fold, joint, two-sided, global, alternated": package_method(base_sparsity=0.05, gauge_fixed=False),
+        "fold, joint, two-sided, global, alternated, gauge-fixed": package_method(base_sparsity=0.05),
     }
 
 

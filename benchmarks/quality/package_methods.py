@@ -59,8 +59,15 @@ def _within_budget(model: PreTrainedModel, config: CompressionConfig) -> Compres
     sparsity = SPARSITIES_TRIED[1] if config.base_sparsity is None else config.base_sparsity
     shapes = model_shapes(model)
     layers = [without_deltas(layer, replace(config, base_sparsity=sparsity)) for layer in shapes.layers]
-    extra = sum(layer.index_elements for layer in layers) * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
-    allowed = byte_budget(model, config.ratio) // FLOAT_BYTES - extra
+    costs = [cost for layer in layers for cost in layer.factor_costs.values()]
+    indices = sum(layer.index_elements for layer in layers)
+    allowed = byte_budget(model, config.ratio) // FLOAT_BYTES
+    if config.gauge_fixed:
+        # A pivot comes with a rank; ranks up to half of the largest cost so much or more, each. Where they did not, the
+        # laboratory would refuse the row.
+        cheapest = min(cost.of(cost.longest // 2) / (cost.longest // 2) for cost in costs)
+        indices += int((allowed - shapes.other_parameters) / cheapest)
+    allowed -= indices * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
     # The half keeps the rounding of 1 - ratio from losing a whole parameter.
     ratio = 1 - (allowed + 0.5) / shapes.total_parameters
     return CompressionConfig(**(config.to_dict() | {"ratio": ratio}))

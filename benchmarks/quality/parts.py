@@ -164,6 +164,7 @@ PARTS: dict[str, Part] = {
             "fold, joint, two-sided",
             "fold, joint, two-sided, global",
             "fold, joint, two-sided, global, alternated",
+            "fold, joint, two-sided, global, alternated, gauge-fixed",
             "default",
         ),
         (0.6, 0.75),

@@ -1,5 +1,6 @@
 #include "ops/matmul.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -28,7 +29,7 @@ constexpr int64_t kMinRowsToConvert = 16;
 constexpr int64_t kRowsPerChunk = 1024;
 constexpr int64_t kWeightsPerChunk = int64_t{1} << 21;  // 8 MiB of float32
 
-void matmul_in_float32_chunks(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
+void matmul_in_float32_chunks(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, bool add) {
   const int64_t columns_per_chunk = std::max<int64_t>(1, kWeightsPerChunk / right.size(0));
   for (int64_t row = 0; row < left.size(0); row += kRowsPerChunk) {
     const int64_t rows = std::min(kRowsPerChunk, left.size(0) - row);
@@ -36,9 +37,14 @@ void matmul_in_float32_chunks(const at::Tensor& out, const at::Tensor& left, con
     for (int64_t column = 0; column < right.size(1); column += columns_per_chunk) {
       const int64_t columns = std::min(columns_per_chunk, right.size(1) - column);
       const at::Tensor right_chunk = right.narrow(1, column, columns).to(at::kFloat);
-      out.narrow(0, row, rows).narrow(1, column, columns).copy_(at::mm(left_chunk, right_chunk));
+      const at::Tensor out_chunk = out.narrow(0, row, rows).narrow(1, column, columns);
+      out_chunk.copy_(add ? out_chunk.to(at::kFloat).addmm_(left_chunk, right_chunk) : at::mm(left_chunk, right_chunk));
     }
   }
+}
+
+bool multiplies_directly(const at::Tensor& left) {
+  return has_fast_matmul(left.scalar_type()) || left.size(0) < kMinRowsToConvert;
 }
 
 }  // namespace
@@ -51,11 +57,22 @@ void matmul_out(const at::Tensor& out, const at::Tensor& left, const at::Tensor&
     out.zero_();
     return;
   }
-  if (has_fast_matmul(left.scalar_type()) || left.size(0) < kMinRowsToConvert) {
+  if (multiplies_directly(left)) {
     at::Tensor result = out;
     at::mm_out(result, left, right);
   } else {
-    matmul_in_float32_chunks(out, left, right);
+    matmul_in_float32_chunks(out, left, right, false);
+  }
+}
+
+void matmul_add(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
+  if (out.numel() == 0 || left.size(1) == 0) {
+    return;
+  }
+  if (multiplies_directly(left)) {
+    out.addmm_(left, right);
+  } else {
+    matmul_in_float32_chunks(out, left, right, true);
   }
 }
 

@@ -9,4 +9,7 @@ namespace d2moe {
 // float32 and rounds once. n == 0 gives zeros. Workspace is bounded whatever the sizes are.
 void matmul_out(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 
+// out += left @ right, the same way.
+void matmul_add(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
+
 }  // namespace d2moe

@@ -32,36 +32,46 @@ struct BaseGroup {
 };
 
 // The low-rank deltas of one projection: U[e] = u[u_start[e] : u_start[e] + rank[e]].T, V[e] likewise without the
-// transpose.
+// transpose. With pivots the factors are gauge-fixed: columns pivots[u_start[e] : u_start[e] + rank[e]] of V[e] are an
+// identity that is not stored, and its other columns, [rank, in - rank], stand in v from element v_start[e] on.
 struct Delta {
+  const char* op;  // this and the next for messages
+  size_t index;    // in the operator's lists
   at::Tensor u;
   at::Tensor v;
   at::Tensor rank;
   at::Tensor u_start;
   at::Tensor v_start;
+  std::optional<at::Tensor> pivots;
 
+  int64_t in_features() const { return v.size(1); }
   int64_t rank_of(int64_t expert) const { return rank.const_data_ptr<int32_t>()[expert]; }
   at::Tensor u_of(int64_t expert) const;  // [rank, out]
-  at::Tensor v_of(int64_t expert) const;  // [rank, in]
+  at::Tensor v_of(int64_t expert) const;  // [rank, in], or what is stored of it, [rank, in - rank]
+  const int32_t* pivots_of(int64_t expert) const;
 };
 
+// pivots: as many as u, or none where V is stored whole.
 std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList v, at::TensorList rank,
-                               at::TensorList u_start, at::TensorList v_start);
+                               at::TensorList u_start, at::TensorList v_start, at::TensorList pivots);
 
 // Checks of shapes, dtypes and devices, which need no tensor's values and so hold on every device.
 void check_input(const char* op, const char* name, const at::Tensor& input);
 void check_routing(const char* op, const at::Tensor& top_k_index, const at::Tensor& input, const char* input_name);
 void check_weights(const char* op, const at::Tensor& top_k_weights, const at::Tensor& top_k_index);
 void check_base_group(const char* op, const BaseGroup& group, const at::Tensor& input, int64_t in_features);
-// The deltas of one group, numbered from first_index in messages: one over all its rows, or two over half of them each.
-void check_deltas(const char* op, const BaseGroup& group, at::ArrayRef<Delta> deltas, size_t first_index,
-                  const at::Tensor& input, int64_t in_features);
+// The deltas of one group: one over all its rows, or two over half of them each.
+void check_deltas(const char* op, const BaseGroup& group, at::ArrayRef<Delta> deltas, const at::Tensor& input,
+                  int64_t in_features);
 
 // Checks of everything that is read as an index, for tensors the CPU can read.
 void check_base_group_indices(const char* op, const BaseGroup& group, int64_t in_features);
-void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas, size_t first_index);
+void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas);
 
-// Contiguous copies of the lists that are read by pointer, where they are not contiguous already.
+// The columns that are no pivots, ascending, [in - rank]; refuses pivots that do not ascend or are out of range.
+std::vector<int32_t> columns_besides_pivots(const Delta& delta, int64_t expert);
+
+// Contiguous copies of what is read by pointer, where it is not contiguous already.
 BaseGroup with_contiguous_lists(BaseGroup group);
 std::vector<Delta> with_contiguous_lists(std::vector<Delta> deltas);
 

@@ -72,10 +72,24 @@ void check_slices(const char* op, const std::string& start_name, const std::stri
 
 std::string delta_name(const char* part, size_t index) { return std::string(part) + "[" + std::to_string(index) + "]"; }
 
+// V of gauge-fixed factors: rank * (in - rank) elements from its start on.
+void check_stored_elements(const char* op, const Delta& delta, const int32_t* start, const int32_t* rank) {
+  for (int64_t e = 0; e < delta.rank.numel(); ++e) {
+    TORCH_CHECK(rank[e] <= delta.in_features(), op, ": ", delta_name("delta_rank", delta.index),
+                " must be at most the ", delta.in_features(), " columns of ", delta_name("delta_v", delta.index),
+                " where there are pivots, got ", rank[e], " for expert ", e);
+    const int64_t elements = int64_t{rank[e]} * (delta.in_features() - rank[e]);
+    TORCH_CHECK(start[e] >= 0 && start[e] + elements <= delta.v.numel(), op, ": ",
+                delta_name("delta_v_start", delta.index), " and the rank must stay within the ", delta.v.numel(),
+                " elements of ", delta_name("delta_v", delta.index), ", got start ", start[e], " and rank ", rank[e],
+                " for expert ", e);
+  }
+}
+
 }  // namespace
 
 std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList v, at::TensorList rank,
-                               at::TensorList u_start, at::TensorList v_start) {
+                               at::TensorList u_start, at::TensorList v_start, at::TensorList pivots) {
   const auto check_length = [&](const char* name, at::TensorList list) {
     TORCH_CHECK(list.size() == u.size(), op, ": ", name, " must hold ", u.size(), " tensors like delta_u, got ",
                 list.size());
@@ -84,9 +98,13 @@ std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList 
   check_length("delta_rank", rank);
   check_length("delta_u_start", u_start);
   check_length("delta_v_start", v_start);
+  if (!pivots.empty()) {
+    check_length("delta_pivots", pivots);
+  }
   std::vector<Delta> deltas;
   for (size_t i = 0; i < u.size(); ++i) {
-    deltas.push_back({u[i], v[i], rank[i], u_start[i], v_start[i]});
+    deltas.push_back({op, i, u[i], v[i], rank[i], u_start[i], v_start[i],
+                      pivots.empty() ? std::nullopt : std::optional<at::Tensor>(pivots[i])});
   }
   return deltas;
 }
@@ -141,19 +159,21 @@ void check_base_group(const char* op, const BaseGroup& group, const at::Tensor& 
   }
 }
 
-void check_deltas(const char* op, const BaseGroup& group, at::ArrayRef<Delta> deltas, size_t first_index,
-                  const at::Tensor& input, int64_t in_features) {
+void check_deltas(const char* op, const BaseGroup& group, at::ArrayRef<Delta> deltas, const at::Tensor& input,
+                  int64_t in_features) {
   TORCH_CHECK(deltas.size() < 2 || group.out_features() % 2 == 0, op, ": ", group.name,
               "_base must have an even number of rows where gate and up have a delta each, got ", group.out_features());
-  for (size_t i = 0; i < deltas.size(); ++i) {
-    const Delta& delta = deltas[i];
-    const size_t index = first_index + i;
+  for (const Delta& delta : deltas) {
+    const size_t index = delta.index;
     const int64_t out_features = group.out_features() / static_cast<int64_t>(deltas.size());
     check_list(op, delta_name("delta_u", index), delta.u, {"R_u", out_features}, input.scalar_type(), input);
     check_list(op, delta_name("delta_v", index), delta.v, {"R_v", in_features}, input.scalar_type(), input);
     check_list(op, delta_name("delta_rank", index), delta.rank, {group.num_experts()}, at::kInt, input);
     check_list(op, delta_name("delta_u_start", index), delta.u_start, {group.num_experts()}, at::kInt, input);
     check_list(op, delta_name("delta_v_start", index), delta.v_start, {group.num_experts()}, at::kInt, input);
+    if (delta.pivots.has_value()) {
+      check_list(op, delta_name("delta_pivots", index), *delta.pivots, {delta.u.size(0)}, at::kInt, input);
+    }
   }
 }
 
@@ -165,10 +185,9 @@ void check_base_group_indices(const char* op, const BaseGroup& group, int64_t in
   }
 }
 
-void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas, size_t first_index) {
-  for (size_t i = 0; i < deltas.size(); ++i) {
-    const Delta& delta = deltas[i];
-    const size_t index = first_index + i;
+void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas) {
+  for (const Delta& delta : deltas) {
+    const size_t index = delta.index;
     const int32_t* rank = delta.rank.const_data_ptr<int32_t>();
     for (int64_t e = 0; e < delta.rank.numel(); ++e) {
       TORCH_CHECK(rank[e] >= 0, op, ": ", delta_name("delta_rank", index), " must not be negative, got ", rank[e],
@@ -176,9 +195,35 @@ void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas, size_t firs
     }
     check_slices(op, delta_name("delta_u_start", index), delta_name("delta_u", index),
                  delta.u_start.const_data_ptr<int32_t>(), rank, delta.rank.numel(), delta.u.size(0));
-    check_slices(op, delta_name("delta_v_start", index), delta_name("delta_v", index),
-                 delta.v_start.const_data_ptr<int32_t>(), rank, delta.rank.numel(), delta.v.size(0));
+    const int32_t* v_start = delta.v_start.const_data_ptr<int32_t>();
+    if (delta.pivots.has_value()) {
+      check_stored_elements(op, delta, v_start, rank);
+    } else {
+      check_slices(op, delta_name("delta_v_start", index), delta_name("delta_v", index), v_start, rank,
+                   delta.rank.numel(), delta.v.size(0));
+    }
   }
+}
+
+std::vector<int32_t> columns_besides_pivots(const Delta& delta, int64_t expert) {
+  const int64_t rank = delta.rank_of(expert);
+  const int32_t* pivots = delta.pivots_of(expert);
+  std::vector<int32_t> columns;
+  columns.reserve(delta.in_features() - rank);
+  int64_t next = 0;
+  for (int64_t i = 0; i < rank; ++i) {
+    TORCH_CHECK(pivots[i] >= next && pivots[i] < delta.in_features(), delta.op, ": ",
+                delta_name("delta_pivots", delta.index), " must ascend from 0 to ", delta.in_features() - 1,
+                " within an expert, got ", pivots[i], " for expert ", expert);
+    for (; next < pivots[i]; ++next) {
+      columns.push_back(static_cast<int32_t>(next));
+    }
+    ++next;
+  }
+  for (; next < delta.in_features(); ++next) {
+    columns.push_back(static_cast<int32_t>(next));
+  }
+  return columns;
 }
 
 kernels::Activation parse_activation(const char* op, std::string_view activation) {

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/column_select.h"
 #include "kernels/gather_rows.h"
@@ -19,7 +20,16 @@ at::Tensor Delta::u_of(int64_t expert) const {
 }
 
 at::Tensor Delta::v_of(int64_t expert) const {
-  return v.narrow(0, v_start.const_data_ptr<int32_t>()[expert], rank_of(expert));
+  const int64_t start = v_start.const_data_ptr<int32_t>()[expert];
+  if (!pivots.has_value()) {
+    return v.narrow(0, start, rank_of(expert));
+  }
+  const int64_t columns = in_features() - rank_of(expert);
+  return v.view({-1}).narrow(0, start, rank_of(expert) * columns).view({rank_of(expert), columns});
+}
+
+const int32_t* Delta::pivots_of(int64_t expert) const {
+  return pivots->const_data_ptr<int32_t>() + u_start.const_data_ptr<int32_t>()[expert];
 }
 
 BaseGroup with_contiguous_lists(BaseGroup group) {
@@ -38,6 +48,10 @@ std::vector<Delta> with_contiguous_lists(std::vector<Delta> deltas) {
     delta.rank = delta.rank.contiguous();
     delta.u_start = delta.u_start.contiguous();
     delta.v_start = delta.v_start.contiguous();
+    if (delta.pivots.has_value()) {
+      delta.pivots = delta.pivots->contiguous();
+      delta.v = delta.v.contiguous();
+    }
   }
   return deltas;
 }
@@ -121,9 +135,31 @@ at::Tensor gather_base_input(const at::Tensor& source, const int64_t* rows, int6
   return gather(source, rows, num_rows, columns, group.kept(), selected.data());
 }
 
+namespace {
+
+// x[:, columns]
+at::Tensor gather_columns(const at::Tensor& x, const int32_t* columns, int64_t num_columns) {
+  std::vector<int64_t> rows(x.size(0));
+  std::iota(rows.begin(), rows.end(), int64_t{0});
+  return gather(x, rows.data(), x.size(0), columns, num_columns);
+}
+
+}  // namespace
+
 void delta_product(const at::Tensor& out, const at::Tensor& x, const Delta& delta, int64_t expert) {
-  const at::Tensor projected = at::empty({x.size(0), delta.rank_of(expert)}, x.options());
-  matmul_out(projected, x, delta.v_of(expert).t());
+  const int64_t rank = delta.rank_of(expert);
+  at::Tensor projected;
+  if (delta.pivots.has_value()) {
+    const std::vector<int32_t> others = columns_besides_pivots(delta, expert);
+    projected = gather_columns(x, delta.pivots_of(expert), rank);
+    if (!others.empty()) {  // of a delta of full rank every column is a pivot
+      const int64_t num_others = static_cast<int64_t>(others.size());
+      matmul_add(projected, gather_columns(x, others.data(), num_others), delta.v_of(expert).t());
+    }
+  } else {
+    projected = at::empty({x.size(0), rank}, x.options());
+    matmul_out(projected, x, delta.v_of(expert).t());
+  }
   matmul_out(out, projected, delta.u_of(expert));
 }
 

@@ -19,6 +19,7 @@ from d2moe_ext.cli.options import (
     DtypeOption,
     DynamicPruningOption,
     FoldOption,
+    GaugeOption,
     JointOption,
     JsonOption,
     MergeOption,
@@ -64,6 +65,7 @@ def compress_command(
     ranks: RanksOption = None,
     fold: FoldOption = None,
     joint_gate_up: JointOption = None,
+    gauge_fixed: GaugeOption = None,
     alternations: AlternationsOption = None,
     dynamic_pruning: DynamicPruningOption = None,
     num_bases: BasesOption = 1,
@@ -88,6 +90,7 @@ def compress_command(
         "ranks": ranks,
         "fold": fold,
         "joint_gate_up": joint_gate_up,
+        "gauge_fixed": gauge_fixed,
         "alternations": alternations,
         "dynamic_pruning": dynamic_pruning,
     }

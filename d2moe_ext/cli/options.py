@@ -28,6 +28,10 @@ FoldOption = Annotated[bool | None, typer.Option("--fold/--no-fold", help="Let t
 JointOption = Annotated[
     bool | None, typer.Option("--joint-gate-up/--separate-gate-up", help="One delta for gate and up together, or one each.")
 ]
+GaugeOption = Annotated[
+    bool | None,
+    typer.Option("--gauge-fixed/--whole-factors", help="Leave an identity out of each stored V, or store factors whole."),
+]
 AlternationsOption = Annotated[int | None, typer.Option(help="How often bases are refitted to the truncated deltas.")]
 DynamicPruningOption = Annotated[
     bool | None,

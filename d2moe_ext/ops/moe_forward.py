@@ -39,6 +39,7 @@ def moe_forward(
     delta_rank: Sequence[Tensor],
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
+    delta_pivots: Sequence[Tensor],
     activation: str,
     interleaved: bool,
 ) -> Tensor:
@@ -72,6 +73,10 @@ def moe_forward(
             ``V[e] = delta_v[v_start : v_start + rank]``. Rows may be shared between experts.
         delta_u_start: one ``[E]`` int32 for each delta.
         delta_v_start: one ``[E]`` int32 for each delta.
+        delta_pivots: none where V is stored whole. Else one ``[R_u]`` int32 for each delta, whose factors are then
+            gauge-fixed: columns ``p = delta_pivots[u_start : u_start + rank]`` of ``V[e]``, which ascend, are an identity
+            and not stored, and the other columns, ``[rank, in - rank]`` row by row, are the ``rank * (in - rank)``
+            elements of ``delta_v`` (read as one flat list) from ``v_start`` on. ``V[e] x = x[p] + stored x[others]``.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu2"``.
         interleaved: whether gate_up's rows are gate0, up0, gate1, up1, ... instead of ``[gate; up]``; without a gate it
             means nothing.
@@ -105,6 +110,7 @@ def moe_forward(
         list(delta_rank),
         list(delta_u_start),
         list(delta_v_start),
+        list(delta_pivots),
         activation,
         interleaved,
     )
@@ -124,12 +130,13 @@ def moe_gate_up_forward(
     delta_rank: Sequence[Tensor],
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
+    delta_pivots: Sequence[Tensor],
 ) -> Tensor:
     """Gate and up of every (token, expert) pair: the first half of :func:`moe_forward`, up to the activation.
 
     Args:
         hidden_states ... gate_up_bias: as in :func:`moe_forward`.
-        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start: as in :func:`moe_forward` without down's:
+        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots: as in :func:`moe_forward` without down's:
             (gate, up), or one over all R rows, or none.
 
     Returns:
@@ -152,6 +159,7 @@ def moe_gate_up_forward(
         list(delta_rank),
         list(delta_u_start),
         list(delta_v_start),
+        list(delta_pivots),
     )
 
 
@@ -170,6 +178,7 @@ def moe_down_forward(
     delta_rank: Sequence[Tensor],
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
+    delta_pivots: Sequence[Tensor],
     per_pair: bool,
 ) -> Tensor:
     """Down and the weighted sum over a token's experts: the second half of :func:`moe_forward`, after the activation.
@@ -177,7 +186,7 @@ def moe_down_forward(
     Args:
         activated: ``[T * k, I]``, h of each pair in row ``t * k + slot``; rows of ids that are no expert are not read.
         top_k_index, top_k_weights, down_base ... down_bias: as in :func:`moe_forward`.
-        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start: down's alone, or none.
+        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots: down's alone, or none.
         per_pair: True leaves out the weights and the sum, for models with a norm after each expert. The base is
             then multiplied once per pair, and its dynamic scores are taken on the pairs' rows.
 
@@ -202,6 +211,7 @@ def moe_down_forward(
         list(delta_rank),
         list(delta_u_start),
         list(delta_v_start),
+        list(delta_pivots),
         per_pair,
     )
 

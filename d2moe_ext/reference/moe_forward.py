@@ -48,6 +48,7 @@ def moe_forward(
     delta_rank: Sequence[Tensor],
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
+    delta_pivots: Sequence[Tensor],
     activation: str,
     interleaved: bool,
 ) -> Tensor:
@@ -70,6 +71,7 @@ def moe_forward(
         delta_rank[:-1],
         delta_u_start[:-1],
         delta_v_start[:-1],
+        delta_pivots[:-1],
     )
     intermediate_size = delta_v[-1].shape[1] if delta_v else down_base.shape[2]
     activated = gated_activation(gate_up, activation, interleaved, gated=gate_up.shape[1] != intermediate_size)
@@ -88,6 +90,7 @@ def moe_forward(
         delta_rank[-1:],
         delta_u_start[-1:],
         delta_v_start[-1:],
+        delta_pivots[-1:],
         per_pair=False,
     )
 
@@ -106,6 +109,7 @@ def moe_gate_up_forward(
     delta_rank: Sequence[Tensor],
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
+    delta_pivots: Sequence[Tensor],
 ) -> Tensor:
     """Gate and up of every (token, expert) pair, ``[T * k, R]``; as in :func:`d2moe_ext.ops.moe_gate_up_forward`."""
     num_experts, top_k = gate_up_expert_to_base.numel(), top_k_index.shape[1]
@@ -118,7 +122,8 @@ def moe_gate_up_forward(
         norms = None if gate_up_column_norms is None else gate_up_column_norms[base]
         product = _base_product(hidden_states[tokens], gate_up_base[base], columns, norms, gate_up_keep)
         gate_up.index_copy_(0, pairs, product[row_of_pair])
-    deltas = list(zip(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, strict=True))
+    pivots: Sequence[Tensor | None] = delta_pivots or [None] * len(delta_u)
+    deltas = list(zip(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, pivots, strict=True))
     for expert in range(num_experts if deltas or gate_up_bias is not None else 0):
         pairs = (expert_of == expert).nonzero().flatten()
         if pairs.numel() == 0:
@@ -158,6 +163,7 @@ def moe_down_forward(
     delta_rank: Sequence[Tensor],
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
+    delta_pivots: Sequence[Tensor],
     per_pair: bool,
 ) -> Tensor:
     """Down and the weighted sum, ``[T, H]``, or ``[T * k, H]`` per pair; as :func:`d2moe_ext.ops.moe_down_forward`."""
@@ -182,7 +188,8 @@ def moe_down_forward(
         norms = None if down_column_norms is None else down_column_norms[base]
         product = _base_product(summed, down_base[base], columns, norms, down_keep)
         output.index_add_(0, rows, product.to(accumulate))
-    deltas = list(zip(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, strict=True))
+    pivots: Sequence[Tensor | None] = delta_pivots or [None] * len(delta_u)
+    deltas = list(zip(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, pivots, strict=True))
     for expert in range(down_expert_to_base.numel() if deltas or down_bias is not None else 0):
         pairs = (expert_of == expert).nonzero().flatten()
         if pairs.numel() == 0:
@@ -222,8 +229,24 @@ def _base_product(x: Tensor, weight: Tensor, columns: Tensor | None, column_norm
 
 
 def _delta_product(
-    x: Tensor, expert: int, delta_u: Tensor, delta_v: Tensor, rank: Tensor, u_start: Tensor, v_start: Tensor
+    x: Tensor,
+    expert: int,
+    delta_u: Tensor,
+    delta_v: Tensor,
+    rank: Tensor,
+    u_start: Tensor,
+    v_start: Tensor,
+    pivots: Tensor | None,
 ) -> Tensor:
-    """``x V[e].T U[e].T`` with expert e's rows ``start : start + rank`` of the stacked factors."""
+    """``x V[e].T U[e].T`` with expert e's rows ``start : start + rank`` of the stacked factors.
+
+    With pivots p, ``V[e] x = x[p] + stored x[others]``: its columns p are an identity (:mod:`d2moe_ext.gauge`).
+    """
     r, u, v = int(rank[expert]), int(u_start[expert]), int(v_start[expert])
-    return functional.linear(x, delta_v[v : v + r]) @ delta_u[u : u + r]
+    factor_u = delta_u[u : u + r]
+    if pivots is None:
+        return functional.linear(x, delta_v[v : v + r]) @ factor_u
+    identity = pivots[u : u + r].long()
+    others = torch.ones(x.shape[1], dtype=torch.bool, device=x.device).index_fill(0, identity, False).nonzero().flatten()
+    rest = delta_v.reshape(-1)[v : v + r * others.numel()].view(r, others.numel())
+    return (x[:, identity] + functional.linear(x[:, others], rest)) @ factor_u

@@ -123,7 +123,7 @@ def compress_stored(
         layer_class: how they are stored.
         options: of :class:`CompressionConfig`.
     """
-    config = choose_sparsity(model, stats, CompressionConfig(ratio, **options), storage, layer_class)
+    config = choose_sparsity(model, stats, CompressionConfig(ratio, gauge_fixed=False, **options), storage, layer_class)
     compressor = Compressor(model, stats, config, storage, layer_class)
     compressor.settle()
     for layer in compressor.layers:

@@ -36,7 +36,7 @@ class StoredLayer(LayerCompressor):
             full = torch.stack([self.stored_base(pruned.masked(base)) for base in range(len(pruned.full))])
             self.bases[group] = PrunedBase(full, pruned.columns)
 
-    def factor(self, name: str) -> tuple[Tensor, Tensor, DeltaReport]:
+    def factor(self, name: str) -> tuple[dict[str, Tensor], DeltaReport]:
         rows_u, rows_v, errors, ridges = [], [], [], []
         for expert, u, v, sigma, ridge in self._factors(name):
             energy = float(sigma.square().sum())
@@ -46,7 +46,7 @@ class StoredLayer(LayerCompressor):
                 u, v = self.stored_factors(name, expert, u.double(), v.double())
             rows_u.append(u.T.double())
             rows_v.append(v.double())
-        return torch.cat(rows_u), torch.cat(rows_v), DeltaReport(errors, ridges)
+        return self.factor_state(name, rows_u, rows_v, []), DeltaReport(errors, ridges)
 
 
 def refitted(delta: Tensor, v: Tensor, gram: Tensor) -> Tensor:

@@ -1,0 +1,116 @@
+"""Gauge-fixed factors: r of V's columns are made an identity, which need not be stored.
+
+``U V`` stays what it is when ``U A`` and ``A⁻¹ V`` take the factors' places. With ``A = V[:, P]`` for r columns P, the
+*pivots*, ``(A⁻¹ V)[:, P] = I``: of the r (out + in) elements r² go away, and r indices come. ``U A`` then is columns P of
+the delta itself. Exact before rounding; so that rounding does no more harm than before, the pivots are chosen such that
+no entry of ``A⁻¹ V`` is larger than :data:`LARGEST_ENTRY`: by LU with partial pivoting, and then by exchanges of a
+pivot with another column, each of which multiplies ``|det A|`` by that entry (maximum-volume columns: Goreinov et al.,
+*How to find a good submatrix*, 2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_ENTRY = 2.0
+# Components that are smaller than this next to the largest one, and what rows of V add to the rows before them, are
+# left out: roundoff, for factors that were found in float64.
+_NEGLIGIBLE = 1e-12
+_DEPENDENT = 1e-10
+
+
+class GaugeFixed(NamedTuple):
+    """``Δ = u @ V`` with ``V[:, pivots] = I`` and ``V[:, others] = rest``, the others ascending.
+
+    Attributes:
+        u: ``[out, r]``, the delta's columns at the pivots.
+        rest: ``[r, in - r]``.
+        pivots: ``[r]`` int64, ascending.
+    """
+
+    u: Tensor
+    rest: Tensor
+    pivots: Tensor
+
+
+def fix_gauge(u: Tensor, v: Tensor) -> GaugeFixed:
+    """The gauge-fixed form of ``u @ v``.
+
+    Args:
+        u: ``[out, r]`` float64.
+        v: ``[r, in]`` float64, ``r <= in``; its rows may depend on one another, or be 0.
+
+    Raises:
+        ValueError: more rows of V than it has columns.
+    """
+    rank, inputs = v.shape
+    if rank > inputs:
+        raise ValueError(f"fix_gauge: the rank must be at most the {inputs} columns of v, got {rank}.")
+    rows = _independent_rows(u, v)
+    pivots, others, coefficients = _pivots(rows)
+    # What the independent rows leave of the rank goes to columns whose rows of V are 0 elsewhere: u alone serves them.
+    spare = rank - len(rows)
+    extra = others[:spare]
+    chosen, left = torch.cat([pivots, extra]), others[spare:]
+    rest = torch.cat([coefficients[spare:].T, coefficients.new_zeros(spare, len(left))])
+    order, columns = chosen.argsort(), left.argsort()
+    return GaugeFixed(u @ v[:, chosen[order]], rest[order][:, columns], chosen[order])
+
+
+def _independent_rows(u: Tensor, v: Tensor) -> Tensor:
+    """V's rows at unit length, ``[q, in]``, without those that add nothing to the product or to the rows before them."""
+    lengths = torch.linalg.vector_norm(v, dim=1)
+    weights = torch.linalg.vector_norm(u, dim=0) * lengths
+    alive = weights > _NEGLIGIBLE * weights.max() if len(v) else weights > 0
+    rows = v[alive] / lengths[alive][:, None]
+    while len(rows):
+        diagonal = torch.linalg.lu_factor_ex(rows.T)[0].diagonal().abs()
+        independent = diagonal > _DEPENDENT * diagonal.max()
+        if bool(independent.all()):
+            break
+        rows = rows[independent]
+    return rows
+
+
+def _pivots(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns ``P [q]`` and all others ``[in - q]`` of ``rows [q, in]``, and ``(A⁻¹ rows)[:, others].T``."""
+    count, inputs = rows.shape
+    order = torch.arange(inputs, device=rows.device)
+    if not count:
+        return order[:0], order, rows.new_zeros(inputs, 0)
+    factors, swaps = torch.linalg.lu_factor(rows.T)
+    places = list(range(inputs))
+    for place, other in enumerate(swaps.tolist()):
+        places[place], places[other - 1] = places[other - 1], places[place]
+    order = torch.tensor(places, device=rows.device)
+    coefficients = torch.linalg.solve_triangular(factors[:count], factors[count:], upper=False, left=False, unitriangular=True)
+    pivots, others = order[:count], order[count:]
+    _exchange(pivots, others, coefficients)
+    return pivots, others, coefficients
+
+
+def _exchange(pivots: Tensor, others: Tensor, coefficients: Tensor) -> None:
+    """Exchange pivots with other columns, in place, until no coefficient is too large."""
+    while coefficients.numel():
+        place = int(coefficients.abs().argmax())
+        row, column = divmod(place, coefficients.shape[1])
+        entry = coefficients[row, column].clone()
+        if not float(entry.abs()) > LARGEST_ENTRY:
+            break
+        across, along = coefficients[row].clone(), coefficients[:, column].clone()
+        coefficients.addr_(along, across, alpha=-1 / float(entry))
+        coefficients[:, column] = along / entry
+        coefficients[row] = -across / entry
+        coefficients[row, column] = 1 / entry
+        pivots[column], others[row] = others[row].clone(), pivots[column].clone()
+
+
+def flat_rows(parts: Iterable[Tensor], width: int) -> Tensor:
+    """Matrices one after the other, row by row, as ``[rows, width]``: zeros fill the last row up."""
+    parts = [part.reshape(-1) for part in parts]
+    length = sum(len(part) for part in parts)
+    return torch.cat([*parts, parts[0].new_zeros(-length % width)]).view(-1, width)
