@@ -21,6 +21,7 @@ from benchmarks.quality.machine import describe_machine, peak_growth
 from benchmarks.quality.methods import round_stored
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.results import UNCOMPRESSED, Key, Results, Row, Sizes, Source
+from benchmarks.quality.retired import RETIRED
 from benchmarks.quality.texts import Text, Use, domain_text, outside_text
 from benchmarks.study import FLOAT_BYTES, Calibration, Method, byte_budget, capture_inputs, method_version, model_parameters
 from d2moe_ext.adapters import find_experts
@@ -253,7 +254,7 @@ def _one_line(row: Row) -> str:
 def tasks_of(
     names: Sequence[str] | None, ratios: Sequence[float] | None, seeds: int, methods: Mapping[str, Method]
 ) -> list[Task]:
-    """The rows that some parts (None: all) ask for.
+    """The rows that some parts (None: all) ask for; retired methods have theirs.
 
     Raises:
         ValueError: no such part, a ratio outside 0 to 1, fewer than one seed, or a part with a method that is not there.
@@ -265,7 +266,7 @@ def tasks_of(
         if name not in PARTS:
             raise ValueError(f"--part must be one of {', '.join(PARTS)}, got {name!r}.")
         for line in PARTS[name].lines:
-            if line.method not in methods:
+            if line.method not in methods and line.method not in RETIRED:
                 raise ValueError(f"--part must name a part whose methods are all there, got {name} without {line.method!r}.")
     for ratio in ratios or ():
         if not 0 < ratio < 1:
@@ -275,6 +276,7 @@ def tasks_of(
         for seed in range(seeds)
         for name in names
         for line in PARTS[name].lines
+        if line.method not in RETIRED
         for ratio in ratios or PARTS[name].ratios
     ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks.quality.parts import Line
 from benchmarks.quality.results import UNCOMPRESSED, Results, Row, Sizes
+from benchmarks.quality.retired import RETIRED
 from benchmarks.study import Method, method_version
 
 DOMAINS = ("in", "out")
@@ -38,7 +39,7 @@ class Summary:
         results: all rows.
         judge: ``selection`` or ``test``.
         sizes: only rows of these sizes count; a line without a number of samples of its own takes this one's.
-        methods: by name: rows of another version of a method do not count.
+        methods: by name: rows of another version of a method do not count. Those of retired ones do.
 
     Raises:
         ValueError: no uncompressed model's row, or rows of one model from different weights or texts.
@@ -46,7 +47,7 @@ class Summary:
 
     def __init__(self, results: Results, judge: str, sizes: Sizes, methods: Mapping[str, Method]) -> None:
         self.judge, self.sizes = judge, sizes
-        versions = {UNCOMPRESSED: 1} | {name: method_version(method) for name, method in methods.items()}
+        versions = {UNCOMPRESSED: 1} | RETIRED | {name: method_version(method) for name, method in methods.items()}
         self.rows = [
             row
             for row in results.judged_by(judge)
