@@ -16,7 +16,7 @@ from benchmarks.quality.beyond.gauge import GAUGE_FIXED, GaugeFixedLayer, fix_ga
 from benchmarks.quality.beyond.pipeline import Compressor, compress_stored, diagonal, stored_method
 from benchmarks.quality.beyond.quantised import INT8_ALL, Int8Layer, quantised
 from benchmarks.quality.beyond.refit import RefittedLayer
-from benchmarks.quality.beyond.sequential import Arrivals, LayerFit, arrivals, carried_over, compress_layer, sequential_method
+from benchmarks.quality.beyond.sequential import sequential_method
 from benchmarks.quality.beyond.storage import BFLOAT16, Storage, choose_ranks
 from benchmarks.quality.beyond.stored_layer import StoredLayer, refitted
 from benchmarks.quality.beyond.weighted import WeightedGrams, _GradientPass, weighted_method, weighted_stats
@@ -104,12 +104,13 @@ def test_the_bytes_are_those_of_the_tensors_and_nearly_the_budget(case, storage,
 @pytest.mark.parametrize(
     "method",
     [
-        sequential_method(routing="prefix", **FIXED),
+        package_method(sequential=True, **FIXED),
+        sequential_method(layer_class=RefittedLayer, **FIXED),
         weighted_method("gradient", **FIXED),
         clustered_method("co-activation", **FIXED),
         package_method(joint_gate_up=False, **FIXED),
     ],
-    ids=["sequential", "weighted", "clustered", "separate"],
+    ids=["sequential", "refitted", "weighted", "clustered", "separate"],
 )
 def test_a_method_stays_within_the_budget(case, method):
     model = copy.deepcopy(case[0])
@@ -223,49 +224,6 @@ def test_refitting_a_layer_lowers_its_error(case, layer_class):
     assert torch.equal(rounded_v, stored(rounded_v).double())
     others = stored(u[0] @ torch.linalg.lstsq(rounded_v.T, v[0].T).solution.T).double()
     assert error(delta, best, rounded_v, metric) <= error(delta, others, rounded_v, metric)
-
-
-# sequential
-
-
-def test_a_target_carried_over_is_the_regression_and_tends_to_the_weight():
-    weight, x, noise = random(5, 8), random(60, 8, seed=1), random(60, 8, seed=2)
-    seen = x + 0.3 * noise
-    small, large = 1e-9 * torch.eye(8, dtype=torch.float64), 1e9 * torch.eye(8, dtype=torch.float64)
-    target = carried_over(weight, x.T @ seen, seen.T @ seen, small)
-    plain = torch.linalg.lstsq(seen, x @ weight.T).solution.T
-    torch.testing.assert_close(target.double(), plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(carried_over(weight, x.T @ seen, seen.T @ seen, large), weight.float())
-
-
-def test_behind_an_uncompressed_prefix_a_layer_is_the_default(case):
-    model, calibration = copy.deepcopy(case[0]), case[1]
-    stats = diagonal(calibration.stats)
-    compressor = Compressor(model, stats, CompressionConfig(RATIO, **FIXED))
-    compressor.settle()
-    layer = compressor.layers[0]
-    reached = arrivals(model, calibration.batches, layer.view)
-    fit = LayerFit(layer.view, stats.layers[layer.view.name], reached, reached, "teacher")
-    ours, plain = compress_layer(fit, layer, within=False), layer.run()[0]
-    x = random(20, baseline_cases.HIDDEN).float()
-    index = torch.stack([torch.arange(20) % 8, (torch.arange(20) + 3) % 8], dim=1)
-    weights = torch.full((20, 2), 0.5)
-    difference = ours(x, index, weights) - plain(x, index, weights)
-    # Bases and factors are rounded to bfloat16 after sums taken in another order.
-    assert float(difference.norm()) < 2**-8 * float(plain(x, index, weights).norm())
-
-
-def test_sequential_targets_are_those_of_the_original_layer(case):
-    model, calibration = copy.deepcopy(case[0]), case[1]
-    view = find_experts(model)[0]
-    reached = arrivals(model, calibration.batches, view)
-    twisted = Arrivals(reached.hidden_states * 2, reached.top_k_index, reached.top_k_weights)
-    fit = LayerFit(view, calibration.stats.layers[view.name], reached, twisted, "prefix")
-    fit.retarget_gate_up(shrinkage=1e-4)
-    expert = int(fit.stats.tokens.argmax())
-    torch.testing.assert_close(fit.targets["gate_up"][expert], view.gate_up_weight(expert).detach() / 2, rtol=1e-3, atol=1e-3)
-    plain = calibration.stats.layers[view.name].gram_gate_up[expert]
-    torch.testing.assert_close(fit.stats.gram_gate_up[expert], 4 * plain, rtol=1e-5, atol=1e-5)
 
 
 # clusters and weights

@@ -8,13 +8,13 @@ from benchmarks.quality.beyond.quantised import INT8_ALL, INT8_FACTORS, Int8Fact
 from benchmarks.quality.beyond.refit import RefittedLayer
 from benchmarks.quality.beyond.sequential import sequential_method
 from benchmarks.quality.beyond.weighted import weighted_method
+from benchmarks.quality.package_methods import package_method
 from benchmarks.study import Method
 
 BEYOND: dict[str, Method] = {
     **PACKAGE,
     "stored as compressed": stored_method(),
-    "sequential": sequential_method(),
-    "sequential, prefix routing": sequential_method(routing="prefix"),
+    "sequential": package_method(version=2, sequential=True),
     # So much shrinkage that the targets are the weights themselves: only the Grams are the prefix's.
     "sequential, Grams only": sequential_method(shrinkage=1e9),
     "sequential, gauge-fixed factors": sequential_method(GAUGE_FIXED, GaugeFixedLayer),
