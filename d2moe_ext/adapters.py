@@ -135,18 +135,23 @@ class ExpertsView(ABC):
         return self.gating().post_expert_norm(x)
 
     @contextmanager
-    def intercept(self, function: RoutedCall) -> Iterator[None]:
+    def intercept(self, function: Callable[[Tensor, Tensor, Tensor], Any], observe: bool = False) -> Iterator[None]:
         """While active, the model calls ``function(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])``.
 
-        ``function`` returns ``[T, H]``: the weighted sum over each token's experts. What stood there before comes back
-        at the end, also after an error.
+        ``function`` returns ``[T, H]``: the weighted sum over each token's experts. With ``observe`` the experts run as
+        ever, and what it returns is dropped. What stood there before comes back at the end, also after an error.
 
         Raises:
             RuntimeError: the experts are a list and the block is in training mode, where it loops over them.
         """
         owner, attribute, adapt = self._routed_call()
-        previous = owner.__dict__.get(attribute)
-        owner.__dict__[attribute] = adapt(function)
+        previous, run, call = owner.__dict__.get(attribute), getattr(owner, attribute), adapt(function)
+
+        def seen(*arguments: Any) -> Tensor:
+            call(*arguments)
+            return run(*arguments)
+
+        owner.__dict__[attribute] = seen if observe else call
         try:
             yield
         finally:

@@ -121,11 +121,12 @@ def _empty(view: ExpertsView, num_bases: int, accumulators: _Accumulators) -> La
     )
 
 
-def sequences_of(batches: Iterable[Any]) -> list[Tensor]:
+def sequences_of(batches: Iterable[Any], caller: str = "calibrate") -> list[Tensor]:
     """Batches as ``[n, L]`` stacks of equally long, unpadded sequences.
 
     Args:
         batches: each a ``[B, L]`` integer tensor, or a mapping with ``input_ids`` and optionally ``attention_mask``.
+        caller: whom an error names.
 
     Raises:
         ValueError: a batch of another form, or none at all.
@@ -134,13 +135,13 @@ def sequences_of(batches: Iterable[Any]) -> list[Tensor]:
     for batch in batches:
         ids, mask = (batch, None) if isinstance(batch, Tensor) else (batch["input_ids"], batch.get("attention_mask"))
         if ids.dim() != 2 or ids.is_floating_point():
-            raise ValueError(f"calibrate: a batch must be integer token ids [B, L], got {ids.dtype} {list(ids.shape)}.")
+            raise ValueError(f"{caller}: a batch must be integer token ids [B, L], got {ids.dtype} {list(ids.shape)}.")
         if mask is None or bool(mask.bool().all()):
             stacks.append(ids)
         else:
             stacks += [row[keep][None] for row, keep in zip(ids, mask.bool(), strict=True) if bool(keep.any())]
     if not stacks:
-        raise ValueError("calibrate: batches must hold at least one sequence, got none.")
+        raise ValueError(f"{caller}: batches must hold at least one sequence, got none.")
     return stacks
 
 

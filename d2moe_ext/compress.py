@@ -6,11 +6,12 @@ never held twice; beside it there are the bases, one expert's worth a layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2moe_ext.adapters import ExpertsView, find_experts
 from d2moe_ext.budget import (
@@ -20,11 +21,12 @@ from d2moe_ext.budget import (
     fits,
     plan_compression,
 )
-from d2moe_ext.calibration import CalibrationStats, Progress
+from d2moe_ext.calibration import CalibrationStats, Progress, sequences_of
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.experts import ExpertsSpec
 from d2moe_ext.global_ranks import choose_global_ranks
 from d2moe_ext.layer_compression import RIDGE, DeltaReport, LayerCompressor
+from d2moe_ext.sequential import SequentialCompressor
 from d2moe_ext.shapes import model_shapes
 
 # Of base sparsities whose predicted errors differ by less, the smallest is taken: the prediction favours sparse bases, as
@@ -38,7 +40,8 @@ SPARSITY_TOLERANCE = 0.10
 class CompressionReport:
     """What a compression did: the plan it followed and, per layer and projection, what truncation left out.
 
-    ``alternation_errors``: the model's error in the metric of its deltas after each refit of its bases, ranks unchanged.
+    ``alternation_errors``: the model's error in the metric of its deltas after each refit of its bases, ranks unchanged;
+    with ``sequential`` that of the refits behind the compressed layers.
     """
 
     plan: CompressionPlan
@@ -90,6 +93,17 @@ def _check(views: list[ExpertsView], stats: CalibrationStats, config: Compressio
                     raise ValueError(
                         f"compress: weights must be finite, got NaN or infinity in {name} of expert {expert} of {view.name}."
                     )
+
+
+def _calibration_stacks(batches: Iterable[Any] | None, stats: CalibrationStats) -> list[Tensor]:
+    """The batches that ``stats`` were taken from, free of padding."""
+    if batches is None:
+        raise ValueError("compress: sequential=True needs the batches that stats were taken from, got batches=None.")
+    stacks = sequences_of(batches, "compress")
+    tokens = sum(stack.numel() for stack in stacks)
+    if tokens != stats.num_tokens:
+        raise ValueError(f"compress: batches must be those of stats, with {stats.num_tokens} tokens, got {tokens}.")
+    return stacks
 
 
 class _ModelCompressor:
@@ -154,7 +168,11 @@ def _choose_base_sparsity(
 
 @torch.no_grad()
 def compress_experts(
-    model: nn.Module, stats: CalibrationStats, config: CompressionConfig, progress: Progress | None = None
+    model: nn.Module,
+    stats: CalibrationStats,
+    config: CompressionConfig,
+    progress: Progress | None = None,
+    batches: Iterable[Any] | None = None,
 ) -> CompressionReport:
     """Replace every MoE layer's experts by compressed ones, in place.
 
@@ -162,12 +180,14 @@ def compress_experts(
     it also makes the model savable.
 
     Raises:
-        ValueError: statistics of another model or for other options, weights that are not finite, or a ratio that
-            cannot be reached.
-        RuntimeError: a Gram matrix that stays indefinite under the largest ridge.
+        ValueError: statistics of another model or for other options, weights that are not finite, a ratio that
+            cannot be reached, or with ``config.sequential`` batches that are missing or not those of ``stats``.
+        RuntimeError: a Gram matrix that stays indefinite under the largest ridge, or with ``config.sequential``
+            activations behind the compressed layers that are not finite.
     """
     views = find_experts(model)
     _check(views, stats, config)
+    stacks = _calibration_stacks(batches, stats) if config.sequential else []
     tokens = [stats.layers[view.name].tokens.tolist() for view in views]
     shapes = model_shapes(model)
     plan_compression(shapes, config, tokens)  # refuses a ratio out of reach
@@ -177,15 +197,26 @@ def compress_experts(
         config = replace(config, base_sparsity=chosen)
     compressor = _ModelCompressor(views, stats, plan_compression(shapes, config, tokens), report)
     errors = []
-    if config.alternations:
+    # With sequential this is for the ranks alone: bases and deltas are then fitted anew, layer by layer.
+    if config.alternations and not (config.sequential and config.ranks == "uniform"):
         compressor.choose_ranks("Singular values")
         errors = [compressor.alternate(f"Alternation {step + 1}") for step in range(config.alternations)]
     compressor.round_bases()
     if config.ranks == "global":
         compressor.choose_ranks("Final ranks")
+    sequential = None
+    if config.sequential:
+        for layer in compressor.layers:
+            layer.bases.clear()
+        sequential = SequentialCompressor(model, stacks, views, report)
+        errors = [0.0] * config.alternations
     deltas, specs = {}, {}
     for done, layer in enumerate(compressor.layers, 1):
-        experts, deltas[layer.view.name] = layer.run()
+        if sequential is None:
+            experts, deltas[layer.view.name] = layer.run()
+        else:
+            experts, deltas[layer.view.name], left = sequential.compress(layer)
+            errors = [total + error for total, error in zip(errors, left, strict=True)]
         specs[layer.view.name] = experts.spec
         layer.view.replace(experts)
         layer.bases.clear()

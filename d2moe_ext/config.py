@@ -21,6 +21,7 @@ _PAPER: dict[str, Any] = {
     "gauge_fixed": False,
     "alternations": 0,
     "dynamic_pruning": True,
+    "sequential": False,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # What lost least at equal bytes (docs/quality.md).
@@ -34,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gauge_fixed": True,
         "alternations": 10,
         "dynamic_pruning": False,
+        "sequential": False,
     },
     "performance": {"base_sparsity": 0.1, **_PAPER},
     "throughput": {"base_sparsity": 0.6, **_PAPER},
@@ -72,6 +74,8 @@ class CompressionConfig:
             frees goes to ranks (:mod:`d2moe_ext.gauge`).
         alternations: how often the base is refitted to its experts' truncated deltas (:mod:`d2moe_ext.alternation`).
         dynamic_pruning: prune half of the columns per batch, as the paper does, and half for good; else all for good.
+        sequential: fit each layer to what the original made of its own inputs, given the inputs that reach it behind the
+            compressed layers before it (:mod:`d2moe_ext.sequential`). Needs the calibration batches once more.
         num_bases: bases per projection; experts with similar weights share one.
 
     Raises:
@@ -90,6 +94,7 @@ class CompressionConfig:
     gauge_fixed: bool = None  # type: ignore[assignment]
     alternations: int = None  # type: ignore[assignment]
     dynamic_pruning: bool = None  # type: ignore[assignment]
+    sequential: bool = None  # type: ignore[assignment]
     num_bases: int = 1
 
     def __post_init__(self) -> None:
@@ -119,6 +124,16 @@ class CompressionConfig:
             raise ValueError(f"alternations must be at least 0, got {self.alternations}.")
         if self.alternations and not self.fold:
             raise ValueError(f"alternations needs fold=True, which takes deltas against the base it refits, got {self.fold}.")
+        if self.sequential and self.dynamic_pruning:
+            raise ValueError(
+                "sequential needs dynamic_pruning=False, as a layer that prunes by the batch passes on something else in "
+                f"each, got {self.dynamic_pruning}."
+            )
+        if self.sequential and self.decomposition not in ("two_sided", "whitened"):
+            raise ValueError(
+                "sequential needs decomposition='two_sided' or 'whitened', which weigh what is left out with the Gram "
+                f"matrices that it takes anew, got {self.decomposition!r}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A record for config.json."""

@@ -170,17 +170,15 @@ class D2MoEExperts(nn.Module):
         ``RuntimeError``.
         """
         layout, operators = self.spec.layout, _BACKENDS[self.backend]
-        gate_up, down = self._arguments("gate_up"), self._arguments("down")
+        down = self._arguments("down")
         if layout.activation is not None and not layout.has_post_expert_norm:
-            deltas = self._deltas(self.spec.delta_order)
+            gate_up, deltas = self._arguments("gate_up"), self._deltas(self.spec.delta_order)
             how = (layout.activation, layout.interleaved)
             return operators.moe_forward(hidden_states, top_k_index, top_k_weights, *gate_up, *down, *deltas, *how)
         gating = self.gating
         assert gating is not None  # _take_gating
-        upper, lower = self._deltas(self.spec.delta_order[:-1]), self._deltas(self.spec.delta_order[-1:])
-        gate_up_rows = operators.moe_gate_up_forward(hidden_states, top_k_index, *gate_up, *upper)
-        activated = gating.apply_gate(gate_up_rows).to(hidden_states.dtype)
-        per_pair = layout.has_post_expert_norm
+        activated = gating.apply_gate(self.gate_up_rows(hidden_states, top_k_index)).to(hidden_states.dtype)
+        per_pair, lower = layout.has_post_expert_norm, self._deltas(self.spec.delta_order[-1:])
         output = operators.moe_down_forward(activated, top_k_index, top_k_weights, *down, *lower, per_pair)
         if not per_pair:
             return output
@@ -189,6 +187,11 @@ class D2MoEExperts(nn.Module):
         valid = (top_k_index >= 0) & (top_k_index < layout.num_experts)
         pairs = pairs.where(valid.unsqueeze(-1), 0) * top_k_weights.unsqueeze(-1)
         return pairs.sum(dim=1, dtype=torch.promote_types(pairs.dtype, torch.float32)).to(hidden_states.dtype)
+
+    def gate_up_rows(self, hidden_states: Tensor, top_k_index: Tensor) -> Tensor:
+        """What goes into the gate: ``[T, H]`` and ``[T, k]`` ids to ``[T * k, R]``, a row for every (token, expert) pair."""
+        upper, moe_gate_up_forward = self._deltas(self.spec.delta_order[:-1]), _BACKENDS[self.backend].moe_gate_up_forward
+        return moe_gate_up_forward(hidden_states, top_k_index, *self._arguments("gate_up"), *upper)
 
     def _arguments(self, group: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int, Tensor | None]:
         """base, columns, column_norms, expert_to_base, keep, bias of a group, as the operators take them."""

@@ -108,6 +108,19 @@ def test_intercept_nests_and_ends_after_an_error(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_an_observed_call_runs_as_ever(family):
+    model = tiny_model(family)
+    view, seen = find_experts(model)[0], []
+    expected = logits(model)
+    with view.intercept(lambda *arguments: seen.append(arguments), observe=True):
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected)
+    ((x, ids, weights),) = seen
+    assert x.shape == (token_ids().numel(), view.layout.hidden_size)
+    assert ids.shape == weights.shape == (len(x), ids.shape[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_the_experts_through_an_intercept(family):
     model = tiny_model(family)
     views = find_experts(model)

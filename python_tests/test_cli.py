@@ -115,6 +115,7 @@ def test_compress_takes_every_option(model, text, tmp_path, capsys):
         "gauge_fixed": True,
         "alternations": 2,
         "dynamic_pruning": True,
+        "sequential": False,
         "num_bases": 2,
     }
     described = run_json(capsys, "inspect", tmp_path / "out")
@@ -122,6 +123,18 @@ def test_compress_takes_every_option(model, text, tmp_path, capsys):
     assert described["layers"][0]["num_bases"] == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert any((tmp_path / "sums").iterdir())
+
+
+def test_sequential_reads_the_calibration_text_again(model, text, tmp_path, capsys):
+    options = ("--ratio", 0.4, "--calibration", text, "--base-sparsity", 0.2, "--alternations", 1, *QUICK)
+    weights = {}
+    for flag in ("--sequential", "--no-sequential"):
+        record = run_json(capsys, "compress", model, tmp_path / flag, *options, flag)
+        assert record["config"]["sequential"] is (flag == "--sequential")
+        weights[flag] = (tmp_path / flag / "model.safetensors").read_bytes()
+    assert weights["--sequential"] != weights["--no-sequential"]
+    described = run_json(capsys, "inspect", tmp_path / "--sequential")
+    assert set(described["layers"][0]["ranks"]) == {"gate_up", "down"}
 
 
 def test_without_a_text_python_is_the_calibration_text(model, tmp_path, capsys):
@@ -202,6 +215,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(model, tmp_path, monkeypatch
         (("--ratio", "0.4", "--seqlen", "129"), ("--seqlen must be at least 2 and at most 128", "got 129")),
         (("--ratio", "0.4", "--num-bases", "9"), ("num_bases must be at most",)),
         (("--ratio", "0.4", "--folded"), ("--folded",)),
+        (("--ratio", "0.4", "--preset", "performance", "--sequential"), ("sequential needs dynamic_pruning=False",)),
     ],
 )
 def test_compress_refuses(model, tmp_path, capsys, options, parts):

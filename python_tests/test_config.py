@@ -30,6 +30,20 @@ from d2moe_ext.config import CompressionConfig
             {"ratio": 0.4, "preset": "performance", "ranks": "global"},
             "ranks='global' needs decomposition='two_sided', whose singular values",
         ),
+        (
+            {"ratio": 0.4, "preset": "performance", "sequential": True},
+            "sequential needs dynamic_pruning=False, as a layer that prunes by the batch passes on something else in each, "
+            "got True.",
+        ),
+        (
+            {"ratio": 0.4, "decomposition": "plain", "sequential": True},
+            "sequential needs decomposition='two_sided' or 'whitened', which weigh what is left out with the Gram matrices "
+            "that it takes anew, got 'plain'.",
+        ),
+        (
+            {"ratio": 0.4, "decomposition": "activation_aware", "sequential": True},
+            "sequential needs decomposition='two_sided' or 'whitened'",
+        ),
     ],
 )
 def test_a_bad_option_is_one_sentence(options, message):
@@ -54,6 +68,7 @@ def test_presets_are_the_papers():
             "gauge_fixed": False,
             "alternations": 0,
             "dynamic_pruning": True,
+            "sequential": False,
             "num_bases": 1,
         }
 

@@ -123,6 +123,21 @@ def test_forward_is_the_formula_of_the_reconstructed_experts():
     assert torch.equal(nobody, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "list_moe"])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_gate_up_rows_are_the_plain_experts_before_their_gate(family, backend):
+    view = find_experts(tiny_model(family))[0]
+    experts = compress_exactly(view, num_bases=2, pruned=3)
+    experts.backend = backend
+    x, ids = torch.randn(5, HIDDEN), torch.tensor([[0, 3], [5, 1], [2, 4], [1, 0], [3, 5]])
+    with torch.no_grad():
+        expected = [
+            functional.linear(x[pair // 2], view.gate_up_weight(e), view.gate_up_bias(e))
+            for pair, e in enumerate(ids.flatten().tolist())
+        ]
+        assert_close(experts.gate_up_rows(x, ids), torch.stack(expected))
+
+
 def test_gradients_of_inputs_and_router_weights():
     experts = random_experts()
     x, ids, weights = routed(num_tokens=2, dtype=torch.float64)

@@ -23,6 +23,7 @@ from benchmarks.quality.machine import describe_machine, peak_growth
 from benchmarks.quality.methods import all_methods, package_method, round_stored, stored_bytes
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.results import UNCOMPRESSED, Results
+from benchmarks.quality.retired import RETIRED
 from benchmarks.quality.runner import Task, of_methods, tasks_of
 from benchmarks.quality.texts import USES, domain_text, outside_text, parse_texts
 from benchmarks.study import Calibration, byte_budget, capture_inputs, method_version, model_parameters, stored
@@ -172,7 +173,7 @@ def test_options_with_other_statistics_take_them_from_the_same_sequences(model, 
     left = None if "preset" in options else "diagonal"
     taken = {"merge": options.get("merge", "frequency"), "num_bases": options.get("num_bases", 1), "left_gram": left}
     stats = calibrate(expected, calibration.batches, **taken)
-    compress_experts(expected, stats, CompressionConfig(0.4, **options))
+    compress_experts(expected, stats, _within_budget(expected, CompressionConfig(0.4, **options)))
     round_stored(expected)
     for mine, other in zip(compressed_experts(compressed), compressed_experts(expected), strict=True):
         assert torch.equal(mine.gate_up_base, other.gate_up_base)
@@ -332,7 +333,10 @@ def test_tasks_are_those_of_the_parts():
     found = tasks_of(["merge"], None, 2, methods)
     assert len(found) == 2 * len(PARTS["merge"].lines) * len(PARTS["merge"].ratios)
     assert {task.ratio for task in tasks_of(["merge"], [0.3], 1, methods)} == {0.3}
-    assert len(tasks_of(None, [0.5], 1, methods)) == sum(len(part.lines) for part in PARTS.values())
+    assert len(tasks_of(None, [0.5], 1, methods)) == sum(
+        line.method not in RETIRED for part in PARTS.values() for line in part.lines
+    )
+    assert tasks_of(["retired"], None, 1, methods) == []
     for arguments, message in (
         ((["x"], None, 1, methods), "--part must be one of default, "),
         ((["merge"], None, 1, {}), "got merge without 'paper'."),

@@ -36,7 +36,8 @@ def package_method(*, version: int = 1, left_gram: LeftGram = "diagonal", **opti
 
     def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
         config = _within_budget(model, CompressionConfig(ratio, **options))
-        compress_experts(model, stats_for(model, calibration, config, left_gram), config)
+        stats = stats_for(model, calibration, config, left_gram)
+        compress_experts(model, stats, config, batches=calibration.batches)
         round_stored(model)
         patch_model(model)
         return stored_bytes(model)

@@ -32,6 +32,7 @@ from d2moe_ext.cli.options import (
     SamplesOption,
     SeedOption,
     SeqlenOption,
+    SequentialOption,
     SparsityOption,
     TrustOption,
 )
@@ -68,6 +69,7 @@ def compress_command(
     gauge_fixed: GaugeOption = None,
     alternations: AlternationsOption = None,
     dynamic_pruning: DynamicPruningOption = None,
+    sequential: SequentialOption = None,
     num_bases: BasesOption = 1,
     offload_folder: OffloadOption = None,
     dtype: DtypeOption = "auto",
@@ -93,6 +95,7 @@ def compress_command(
         "gauge_fixed": gauge_fixed,
         "alternations": alternations,
         "dynamic_pruning": dynamic_pruning,
+        "sequential": sequential,
     }
     config = CompressionConfig(
         ratio=ratio,
@@ -161,7 +164,7 @@ def _compress(
         offload_folder=offload_folder,
         progress=progress,
     )
-    return hf.compress(network, stats, config, progress=progress)
+    return hf.compress(network, stats, config, progress=progress, batches=batches)
 
 
 def _save(

@@ -37,6 +37,10 @@ DynamicPruningOption = Annotated[
     bool | None,
     typer.Option("--dynamic-pruning/--static-pruning", help="Prune half of the columns per batch, or all of them for good."),
 ]
+SequentialOption = Annotated[
+    bool | None,
+    typer.Option("--sequential/--no-sequential", help="Fit each layer on what the compressed layers before it pass on."),
+]
 BasesOption = Annotated[int, typer.Option(help="Bases per projection.")]
 CalibrationOption = Annotated[Path | None, typer.Option(help="A UTF-8 text file; without it, text that comes with Python.")]
 SamplesOption = Annotated[int, typer.Option(help="Calibration windows, drawn at random.")]

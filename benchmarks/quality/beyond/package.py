@@ -29,4 +29,5 @@ PACKAGE: dict[str, Method] = {
     "plain mean base": _around(merge="mean"),
     "uniform ranks": _around(ranks="uniform"),
     "2 bases": _around(num_bases=2),
+    "sequential": _around(sequential=True),
 }

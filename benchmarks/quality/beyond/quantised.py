@@ -1,9 +1,8 @@
-"""Factors, and in a second method bases, of eight bits.
+"""Factors of eight bits.
 
-Each stored row (of U, V or the base) is ``scale · q`` with q in −127..127, rounded to nearest, and one bfloat16 scale,
+Each stored row of U and V is ``scale · q`` with q in −127..127, rounded to nearest, and one bfloat16 scale,
 rounded up so that nothing is clipped: 1 byte per entry and 2 per row. What that frees goes to rank. U is refitted in
-closed form to the quantised V (:func:`refitted`) before it is quantised itself, and the deltas are taken against the
-quantised base.
+closed form to the quantised V (:func:`refitted`) before it is quantised itself.
 Cost: the forward dequantises. Rows of U are those of the file: one per rank, ``[r, out]``.
 """
 
@@ -36,7 +35,6 @@ def _int8_factors(rank: int, out: int, inputs: int) -> int:
 
 
 INT8_FACTORS = Storage(base=BFLOAT16.base, factors=_int8_factors)
-INT8_ALL = Storage(base=_int8, factors=_int8_factors)
 
 
 class Int8FactorsLayer(StoredLayer):
@@ -46,10 +44,3 @@ class Int8FactorsLayer(StoredLayer):
         v = quantised(v)
         u = refitted(self._delta(name, expert).double(), v, self.metric(name, expert))
         return quantised(u.T.contiguous()).T, v
-
-
-class Int8Layer(Int8FactorsLayer):
-    """Eight-bit U, V and bases."""
-
-    def stored_base(self, base: Tensor) -> Tensor:
-        return quantised(base)
