@@ -21,6 +21,7 @@ from benchmarks.quality import __main__ as command_line
 from benchmarks.quality import texts
 from benchmarks.quality.machine import describe_machine, peak_growth
 from benchmarks.quality.methods import all_methods, package_method, round_stored, stored_bytes
+from benchmarks.quality.package_methods import _within_budget
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.results import UNCOMPRESSED, Results
 from benchmarks.quality.retired import RETIRED
