@@ -41,10 +41,12 @@ class CompressedLayers:
     Attributes:
         layers: the spec of each compressed layer, by the path of its experts in the model.
         compression: how it was compressed (ratio, merge, ...): a record, read by nobody but people.
+        format_version: of the files it was read from; it is written in the newest one.
     """
 
     layers: dict[str, ExpertsSpec]
     compression: dict[str, Any]
+    format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` of config.json."""
@@ -82,7 +84,7 @@ class CompressedLayers:
                 specs[name] = ExpertsSpec.from_dict(spec)
             except ValueError as error:
                 raise ValueError(f"quantization_config: layers[{name!r}] is no layer: {error}") from None
-        return cls(specs, compression)
+        return cls(specs, compression, version)
 
 
 class TensorInfo(NamedTuple):

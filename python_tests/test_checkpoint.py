@@ -94,6 +94,21 @@ def test_config_refusals(checkpoint, edit, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_checkpoint_of_the_first_format_is_read_as_what_it_is(checkpoint):
+    """Format 1 knew no gauge-fixed factors and did not mention them."""
+    expected = read_compressed_layers(checkpoint)
+
+    def as_written_then(config):
+        config["quantization_config"]["format_version"] = 1
+        for layer in config["quantization_config"]["layers"].values():
+            assert layer.pop("gauge_fixed") is False
+
+    edit_config(checkpoint, as_written_then)
+    read = read_compressed_layers(checkpoint)
+    assert (read.layers, read.format_version) == (expected.layers, 1)
+    assert read.to_dict()["format_version"] == FORMAT_VERSION
+
+
 def test_a_config_that_is_missing_or_no_json(checkpoint):
     (checkpoint / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json must be JSON, got Expecting"):

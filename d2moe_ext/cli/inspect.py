@@ -48,7 +48,7 @@ def describe(directory: Path, trust_remote_code: bool = False) -> dict[str, Any]
     ranks = checkpoint.read_tensors({name: infos[name] for name in rank_names})
     rank_lists = {rank_names[name]: tensor.tolist() for name, tensor in ranks}
     return {
-        "format_version": checkpoint.FORMAT_VERSION,
+        "format_version": compressed.format_version,
         "compression": compressed.compression,
         "parameters": sum(math.prod(info.shape) for info in infos.values()),
         "bytes_on_disk": common.weight_bytes(directory),
@@ -81,6 +81,7 @@ def _layer(name: str, module: D2MoEExperts, ranks: dict[str, list[int]]) -> dict
         "gate_up_keep": spec.gate_up.keep,
         "down_kept": spec.down.kept,
         "down_keep": spec.down.keep,
+        "gauge_fixed": spec.gauge_fixed,
         "ranks": {delta: ranks[f"{name}.{delta}_delta_rank"] for delta in spec.delta_order},
         "parameters": sum(tensor.numel() for tensor in module.state_dict().values()),
     }
