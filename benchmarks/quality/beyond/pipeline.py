@@ -42,7 +42,7 @@ class Compressor:
     ) -> None:
         self.config, self.storage = config, storage
         shapes = model_shapes(model)
-        plans = [without_deltas(layer, config) for layer in shapes.layers]
+        plans = [without_deltas(layer, config, FLOAT_BYTES) for layer in shapes.layers]
         self.fixed = FLOAT_BYTES * shapes.other_parameters + sum(fixed_bytes(plan, storage) for plan in plans)
         self.left = byte_budget(model, config.ratio) - self.fixed
         if self.left < 0:

@@ -46,7 +46,7 @@ class StoredLayer(LayerCompressor):
                 u, v = self.stored_factors(name, expert, u.double(), v.double())
             rows_u.append(u.T.double())
             rows_v.append(v.double())
-        return self.factor_state(name, rows_u, rows_v, []), DeltaReport(errors, ridges)
+        return self.factor_state(name, rows_u, rows_v, [], {}), DeltaReport(errors, ridges)
 
 
 def refitted(delta: Tensor, v: Tensor, gram: Tensor) -> Tensor:
