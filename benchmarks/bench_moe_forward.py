@@ -50,15 +50,17 @@ def contenders(arguments: argparse.Namespace, tokens: int) -> dict[str, Callable
     own = torch.arange(experts, dtype=torch.int32)
     one = torch.zeros(experts, dtype=torch.int32)
     ranks, starts = torch.full((experts,), rank, dtype=torch.int32), own * rank
+    no_deltas = [[]] * 8
     deltas = [
         [random(experts * rank, size) for size in (inter, inter, hidden)],
         [random(experts * rank, size) for size in (hidden, hidden, inter)],
         [ranks] * 3,
         [starts] * 3,
         [starts] * 3,
+        *no_deltas[:3],
     ]
     routed = (x, index, weights)
-    plain = (gate_up, None, None, own, hidden, None, down, None, None, own, inter, None, [], [], [], [], [], "silu", False)
+    plain = (gate_up, None, None, own, hidden, None, down, None, None, own, inter, None, *no_deltas, "silu", False)
     compressed = (gate_up[:1], None, None, one, hidden, None, down[:1], None, None, one, inter, None, *deltas, "silu", False)
     return {
         "expert loop": lambda: expert_loop(*routed, gate_up, down),

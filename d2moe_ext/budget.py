@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from d2moe_ext.config import CompressionConfig
-from d2moe_ext.factor_cost import FactorCost, Purse
+from d2moe_ext.factor_cost import FactorCost, Purse, equal_share
 
 INDEX_BYTES = 4
 # A safetensors header spends about this much on a tensor: its name, dtype, shape and two offsets.
@@ -86,7 +86,9 @@ class ModelShapes:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One compressed layer: columns stored (``kept``) and multiplied per forward (``keep``), and ranks ``[E]``."""
+    """One compressed layer: columns stored (``kept``) and multiplied per forward (``keep``), ranks ``[E]``, and how factors are
+    stored (:class:`~d2moe_ext.factor_cost.FactorCost`).
+    """
 
     shapes: LayerShapes
     num_bases: int
@@ -97,12 +99,13 @@ class LayerPlan:
     ranks: dict[str, list[int]]
     joint: bool
     gauge_fixed: bool = False
+    int8_per_parameter: int = 0
 
     @property
     def factor_costs(self) -> dict[str, FactorCost]:
         """By projection, in the order of ``ranks``."""
         shapes = self.shapes.delta_shapes(self.joint)
-        return {name: FactorCost(out, inputs, self.gauge_fixed) for name, (out, inputs) in shapes.items()}
+        return {name: FactorCost(*shape, self.gauge_fixed, self.int8_per_parameter) for name, shape in shapes.items()}
 
     @property
     def base_elements(self) -> int:
@@ -129,9 +132,14 @@ class LayerPlan:
         return self.num_bases * columns + 2 * s.num_experts + per_delta + pivots
 
     @property
-    def delta_parameters(self) -> int:
+    def delta_elements(self) -> int:
         """Elements of the factors as they are stored."""
-        return sum(cost.floats(self.ranks[name]) for name, cost in self.factor_costs.items())
+        return sum(cost.elements(self.ranks[name]) for name, cost in self.factor_costs.items())
+
+    @property
+    def delta_parameters(self) -> int:
+        """The factors as they are counted: elements, or where these are int8 the parameters of as many bytes, and scales."""
+        return sum(cost.parameters(self.ranks[name]) for name, cost in self.factor_costs.items())
 
     def parameters(self, count: str) -> int:
         return self.base_parameters(count) + self.index_elements + self.shapes.bias_parameters + self.delta_parameters
@@ -140,16 +148,25 @@ class LayerPlan:
     def stored_tensors(self) -> int:
         s = self.shapes
         columns = (self.gate_up_kept < s.hidden_size) + (self.down_kept < s.intermediate_size)
-        return 4 + columns + 2 * s.has_bias + (5 + self.gauge_fixed) * len(s.delta_shapes(self.joint))
+        per_delta = 5 + self.gauge_fixed + (2 if self.int8_per_parameter else 0)
+        return 4 + columns + 2 * s.has_bias + per_delta * len(s.delta_shapes(self.joint))
 
     @property
     def active_parameters(self) -> float:
         """Parameters one token multiplies, over an average token: each base of its experts once, k deltas."""
+        return self._active(self.delta_elements)
+
+    @property
+    def read_parameters(self) -> float:
+        """The same, counted by their bytes."""
+        return self._active(self.delta_parameters)
+
+    def _active(self, deltas: int) -> float:
         s = self.shapes
         k = s.experts_per_token
         distinct_bases = self.num_bases * (1 - (1 - 1 / self.num_bases) ** k)
         base = self._base(self.gate_up_keep, self.down_keep) / self.num_bases * distinct_bases
-        return base + k * (self.delta_parameters + s.bias_parameters) / s.num_experts
+        return base + k * (deltas + s.bias_parameters) / s.num_experts
 
     def to_dict(self) -> dict[str, Any]:
         names = ("gate_up_kept", "gate_up_keep", "down_kept", "down_keep", "ranks")
@@ -206,6 +223,12 @@ class CompressionPlan:
         other = self.model.other_parameters - self.model.lookup_parameters
         return round(other + sum(layer.active_parameters for layer in self.layers))
 
+    @property
+    def bytes_per_token_after(self) -> int:
+        """Bytes of the parameters one token multiplies."""
+        other = self.model.other_parameters - self.model.lookup_parameters
+        return self.model.element_size * round(other + sum(layer.read_parameters for layer in self.layers))
+
     def to_dict(self) -> dict[str, Any]:
         """What ``d2moe plan --json`` prints. FLOPs are two per active parameter; attention scores are not in them."""
         element = self.model.element_size
@@ -222,7 +245,7 @@ class CompressionPlan:
             "flops_per_token_before": 2 * self.active_parameters_before,
             "flops_per_token_after": 2 * self.active_parameters_after,
             "bytes_per_token_before": element * self.active_parameters_before,
-            "bytes_per_token_after": element * self.active_parameters_after,
+            "bytes_per_token_after": self.bytes_per_token_after,
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -241,8 +264,8 @@ def rank_step(rank: float) -> int:
     return 16 if rank >= 64 else 8
 
 
-def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
-    """A layer's plan with every rank 0: the smallest it can be."""
+def without_deltas(shapes: LayerShapes, config: CompressionConfig, element_size: int) -> LayerPlan:
+    """A layer's plan with every rank 0: the smallest it can be. ``element_size``: bytes of a parameter on disk."""
     if config.num_bases > shapes.num_experts:
         raise ValueError(
             f"num_bases must be at most the number of experts of {shapes.name} ({shapes.num_experts}), got {config.num_bases}."
@@ -260,6 +283,7 @@ def without_deltas(shapes: LayerShapes, config: CompressionConfig) -> LayerPlan:
         ranks={name: [0] * shapes.num_experts for name in shapes.delta_shapes(config.joint_gate_up)},
         joint=config.joint_gate_up,
         gauge_fixed=config.gauge_fixed,
+        int8_per_parameter=element_size if config.factor_dtype == "int8" else 0,
     )
 
 
@@ -277,7 +301,7 @@ def planned_sparsity(model: ModelShapes, config: CompressionConfig) -> float:
 
 
 def _bare(model: ModelShapes, config: CompressionConfig) -> list[LayerPlan]:
-    return [without_deltas(shapes, config) for shapes in model.layers]
+    return [without_deltas(shapes, config, model.element_size) for shapes in model.layers]
 
 
 def _spare(model: ModelShapes, config: CompressionConfig, bare: Sequence[LayerPlan]) -> int:
@@ -327,8 +351,9 @@ def plan_compression(
     elements = sum(layer.shapes.weight_parameters for layer in bare)
     share = budget / elements
     # Every expert can then be given its floor, however much the last rows of V are filled up.
-    padding = sum(cost.inputs for layer in bare for cost in layer.factor_costs.values() if cost.gauge_fixed)
-    floors = max(budget - padding, 0) / elements
+    padding = sum(cost.padding for layer in bare for cost in layer.factor_costs.values())
+    costs = [cost for layer in bare for cost in layer.factor_costs.values() for _ in range(layer.shapes.num_experts)]
+    floors = equal_share(costs, max(budget - padding, 0))
     finer = 1
     while True:
         layers = _round_ranks(bare, floors, budget, tokens_per_expert, finer)

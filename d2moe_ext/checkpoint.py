@@ -26,12 +26,19 @@ from torch import Tensor
 from d2moe_ext.spec import ExpertsSpec
 
 QUANT_METHOD = "d2moe"
-# 2: gauge-fixed factors.
+# 2: gauge-fixed factors, factors of int8.
 FORMAT_VERSION = 2
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
 
 
 @dataclass(frozen=True)

@@ -173,11 +173,15 @@ def compress_experts(
     config: CompressionConfig,
     progress: Progress | None = None,
     batches: Iterable[Any] | None = None,
+    element_size: int | None = None,
 ) -> CompressionReport:
     """Replace every MoE layer's experts by compressed ones, in place.
 
     What can be wrong is refused before anything is replaced. Use :func:`d2moe_ext.compress` for a transformers model:
     it also makes the model savable.
+
+    ``element_size``: bytes of a parameter in the file, which a factor of int8 is counted by, where the model will be stored in
+    another dtype than it has.
 
     Raises:
         ValueError: statistics of another model or for other options, weights that are not finite, a ratio that
@@ -190,6 +194,8 @@ def compress_experts(
     stacks = _calibration_stacks(batches, stats) if config.sequential else []
     tokens = [stats.layers[view.name].tokens.tolist() for view in views]
     shapes = model_shapes(model)
+    if element_size is not None:
+        shapes = replace(shapes, element_size=element_size)
     plan_compression(shapes, config, tokens)  # refuses a ratio out of reach
     report = progress or (lambda stage, done, total: None)
     if config.base_sparsity is None:

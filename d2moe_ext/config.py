@@ -10,6 +10,7 @@ Count = Literal["stored", "paper"]
 Merge = Literal["fisher", "fisher_frequency", "frequency", "mean"]
 Decomposition = Literal["whitened", "two_sided", "activation_aware", "plain"]
 Ranks = Literal["uniform", "global"]
+FactorDtype = Literal["model", "int8"]
 
 # The paper's pipeline; its Table 12 gives the share of the base's columns that each of its presets prunes.
 _PAPER: dict[str, Any] = {
@@ -19,6 +20,7 @@ _PAPER: dict[str, Any] = {
     "fold": False,
     "joint_gate_up": False,
     "gauge_fixed": False,
+    "factor_dtype": "model",
     "alternations": 0,
     "dynamic_pruning": True,
     "sequential": False,
@@ -33,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fold": True,
         "joint_gate_up": True,
         "gauge_fixed": True,
+        "factor_dtype": "model",
         "alternations": 10,
         "dynamic_pruning": False,
         "sequential": False,
@@ -72,6 +75,8 @@ class CompressionConfig:
             gate and up rows always do.
         gauge_fixed: give every V an identity in as many columns as its rank, which is not stored: exact, and what it
             frees goes to ranks (:mod:`d2moe_ext.gauge`).
+        factor_dtype: ``model`` stores the deltas' factors in the model's dtype; ``int8`` in eight bits with a scale a row,
+            and what that frees goes to ranks (:mod:`d2moe_ext.quantise`).
         alternations: how often the base is refitted to its experts' truncated deltas (:mod:`d2moe_ext.alternation`).
         dynamic_pruning: prune half of the columns per batch, as the paper does, and half for good; else all for good.
         sequential: fit each layer to what the original made of its own inputs, given the inputs that reach it behind the
@@ -92,6 +97,7 @@ class CompressionConfig:
     fold: bool = None  # type: ignore[assignment]
     joint_gate_up: bool = None  # type: ignore[assignment]
     gauge_fixed: bool = None  # type: ignore[assignment]
+    factor_dtype: FactorDtype = None  # type: ignore[assignment]
     alternations: int = None  # type: ignore[assignment]
     dynamic_pruning: bool = None  # type: ignore[assignment]
     sequential: bool = None  # type: ignore[assignment]
@@ -115,6 +121,7 @@ class CompressionConfig:
         check_choice("merge", self.merge, Merge)
         check_choice("decomposition", self.decomposition, Decomposition)
         check_choice("ranks", self.ranks, Ranks)
+        check_choice("factor_dtype", self.factor_dtype, FactorDtype)
         if self.ranks == "global" and self.decomposition != "two_sided":
             raise ValueError(
                 "ranks='global' needs decomposition='two_sided', whose singular values are comparable across layers, "

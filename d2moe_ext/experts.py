@@ -8,10 +8,12 @@ what the file holds (one name per tensor, in the module's own place in the model
     gate_up_bias [E, R] and down_bias [E, H] where the model has them
     {projection}_delta_u [R_u, out], _delta_v [R_v, in], _delta_rank, _delta_u_start, _delta_v_start [E] int32
     {projection}_delta_pivots [R_u] int32 where the factors are gauge-fixed (:mod:`d2moe_ext.gauge`)
+    {projection}_delta_u_scale [R_u], _delta_v_scale [R_v], or [R_u] if gauge-fixed, where U and V are int8
 
 Expert e's delta of a projection is ``delta_u[u : u + r].T @ V`` with ``r, u, v`` its rank and starts and ``V`` the rows
 ``delta_v[v : v + r]``. Gauge-fixed, columns ``delta_pivots[u : u + r]`` of V are an identity, and its other columns stand
-row by row in the flat ``delta_v`` from element v on; R_v rows of ``in`` elements are as many as that needs.
+row by row in the flat ``delta_v`` from element v on; R_v rows of ``in`` elements are as many as that needs. Rows of int8
+are a scale times what is stored (:mod:`d2moe_ext.quantise`); row i of a gauge-fixed V has scale ``delta_v_scale[u + i]``.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class D2MoEExperts(nn.Module):
         spec: the shapes.
         gating: the original experts' view (or its gating, or a function ``[n, R] -> [n, I]``), needed where the gate or
             the norm after each expert is the model's own; None where ``spec.layout.activation`` says it all.
-        dtype: of all floating tensors (the forward's dtype).
+        dtype: of all floating tensors (the forward's dtype); factors of int8 are int8 whatever it is.
         device: of all tensors; they are zeros until filled or loaded.
 
     Attributes:
@@ -91,8 +93,11 @@ class D2MoEExperts(nn.Module):
                 self.register_buffer(f"{group}_column_norms", None, persistent=False)
         for name, delta in spec.deltas.items():
             out, inputs = spec.shape_of(name)
-            setattr(self, f"{name}_delta_u", _frozen(delta.u_rows, out, dtype=dtype, device=device))
-            setattr(self, f"{name}_delta_v", _frozen(delta.v_rows, inputs, dtype=dtype, device=device))
+            factor_dtype = torch.int8 if spec.factor_dtype == "int8" else dtype
+            setattr(self, f"{name}_delta_u", _frozen(delta.u_rows, out, dtype=factor_dtype, device=device))
+            setattr(self, f"{name}_delta_v", _frozen(delta.v_rows, inputs, dtype=factor_dtype, device=device))
+            for part, count in spec.scales_of(name).items():
+                setattr(self, f"{name}_delta_{part}_scale", _frozen(count, dtype=dtype, device=device))
             for part in ("rank", "u_start", "v_start"):
                 self._register_indices(f"{name}_delta_{part}", (layout.num_experts,), device)
             if spec.gauge_fixed:
@@ -206,11 +211,12 @@ class D2MoEExperts(nn.Module):
         )
 
     def _deltas(self, names: tuple[str, ...]) -> list[list[Tensor]]:
-        """delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots: one entry for each of ``names``, but
-        no pivots where V is stored whole."""
-        parts = ("u", "v", "rank", "u_start", "v_start")
-        lists = [[getattr(self, f"{name}_delta_{part}") for name in names] for part in parts]
-        return [*lists, [getattr(self, f"{name}_delta_pivots") for name in names if self.spec.gauge_fixed]]
+        """The operators' lists from delta_u to delta_v_scale: one entry for each of ``names``, but no pivots where V is
+        stored whole, and no scales where factors are floating."""
+        int8 = self.spec.factor_dtype == "int8"
+        there = dict.fromkeys(("u", "v", "rank", "u_start", "v_start"), True)
+        there |= {"pivots": self.spec.gauge_fixed, "u_scale": int8, "v_scale": int8}
+        return [[getattr(self, f"{name}_delta_{part}") for name in names if there[part]] for part in there]
 
     @classmethod
     def uncompressed(cls, view: ExpertsView) -> UncompressedExperts:

@@ -61,6 +61,17 @@ def fix_gauge(u: Tensor, v: Tensor) -> GaugeFixed:
     return GaugeFixed(u @ v[:, chosen[order]], rest[order][:, columns], chosen[order])
 
 
+def with_identity(rest: Tensor, pivots: Tensor) -> Tensor:
+    """V whole, ``[r, in]``: an identity at the pivots, ``rest [r, in - r]`` elsewhere."""
+    rank, inputs = len(pivots), rest.shape[1] + len(pivots)
+    others = torch.ones(inputs, dtype=torch.bool, device=rest.device)
+    others[pivots] = False
+    v = rest.new_zeros(rank, inputs)
+    v[:, others] = rest
+    v[torch.arange(rank, device=rest.device), pivots] = 1.0
+    return v
+
+
 def _independent_rows(u: Tensor, v: Tensor) -> Tensor:
     """V's rows at unit length, ``[q, in]``, without those that add nothing to the product or to the rows before them."""
     lengths = torch.linalg.vector_norm(v, dim=1)

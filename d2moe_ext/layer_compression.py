@@ -16,8 +16,9 @@ from d2moe_ext.budget import LayerPlan
 from d2moe_ext.calibration import LayerStats
 from d2moe_ext.config import CompressionConfig
 from d2moe_ext.experts import D2MoEExperts, DeltaSpec, ExpertsSpec, GroupSpec
-from d2moe_ext.gauge import fix_gauge, flat_rows
+from d2moe_ext.gauge import fix_gauge, flat_rows, with_identity
 from d2moe_ext.merge import PrunedBase, shared_bases
+from d2moe_ext.quantise import Int8Rows, quantise_rows, refitted_u
 from d2moe_ext.reference.whitened_svd import ridged_gram
 
 # Tokens' worth of the shrinkage target mixed into an expert's Gram (design section 2.5).
@@ -148,24 +149,54 @@ class LayerCompressor:
     def factor(self, name: str) -> tuple[dict[str, Tensor], DeltaReport]:
         """A projection's factors over all experts, in the order of the experts, under their names in the file."""
         rows_u, parts_v, pivots, errors, ridges = [], [], [], [], []
-        for _, u, v, sigma, ridge in self._factors(name):
+        scales: dict[str, list[Tensor]] = {}
+        for expert, u, v, sigma, ridge in self._factors(name):
             energy = float(sigma.square().sum())
             errors.append((float(sigma[len(v) :].square().sum()) / energy) ** 0.5 if energy else 0.0)
             ridges.append(float(ridge))
             if self.config.gauge_fixed:
                 u, v, chosen = fix_gauge(u, v)
                 pivots.append(chosen)
-            rows_u.append(u.T)
+            rows = u.T
+            if self.config.factor_dtype == "int8":
+                metric = self._metric(name, expert, float(ridge))
+                quantised = self._quantised(name, expert, v, pivots[-1] if pivots else None, metric)
+                for part, int8 in quantised.items():
+                    scales.setdefault(part, []).append(int8.scale)
+                rows, v = quantised["u"].values, quantised["v"].values
+            rows_u.append(rows)
             parts_v.append(v)
-        return self.factor_state(name, rows_u, parts_v, pivots), DeltaReport(errors, ridges)
+        return self.factor_state(name, rows_u, parts_v, pivots, scales), DeltaReport(errors, ridges)
 
-    def factor_state(self, name: str, rows_u: list[Tensor], parts_v: list[Tensor], pivots: list[Tensor]) -> dict[str, Tensor]:
+    def _metric(self, name: str, expert: int, ridge: float) -> Tensor:
+        """The right Gram that a delta's SVD is whitened with, ``[in, in]`` float64."""
+        inputs = self.plan.factor_costs[name].inputs
+        gram = None if self.config.decomposition == "plain" else self._gram(name, expert)
+        return ridged_gram(gram, inputs, ridge, self.pooled_gram)
+
+    def _quantised(self, name: str, expert: int, v: Tensor, pivots: Tensor | None, metric: Tensor) -> dict[str, Int8Rows]:
+        """Factors of eight bits: what is stored of V, and U's rows ``[r, out]``, refitted to it."""
+        dtype = self.view.down_weight(0).dtype
+        stored = quantise_rows(v, dtype)
+        whole = stored.read() if pivots is None else with_identity(stored.read(), pivots)
+        u = refitted_u(self._delta(name, expert).double(), whole, metric)
+        return {"u": quantise_rows(u.T, dtype), "v": stored}
+
+    def factor_state(
+        self,
+        name: str,
+        rows_u: list[Tensor],
+        parts_v: list[Tensor],
+        pivots: list[Tensor],
+        scales: dict[str, list[Tensor]],
+    ) -> dict[str, Tensor]:
         """A projection's tensors under their names in the file.
 
         Args:
             rows_u: per expert ``[r, out]``.
             parts_v: per expert ``[r, in]``, or gauge-fixed ``[r, in - r]``.
             pivots: per expert ``[r]``; none where V is stored whole.
+            scales: per expert ``[r]`` of u and v where these are int8; none where they are floating.
         """
         cost, ranks = self.plan.factor_costs[name], self.plan.ranks[name]
         rank = torch.tensor(ranks, dtype=torch.int32)
@@ -179,6 +210,7 @@ class LayerCompressor:
         }
         if cost.gauge_fixed:
             state["delta_pivots"] = torch.cat(pivots).to(torch.int32)
+        state |= {f"delta_{part}_scale": torch.cat(parts) for part, parts in scales.items()}
         return {f"{name}_{key}": value for key, value in state.items()}
 
     def _targets(self, group: str) -> list[ExpertTarget]:
@@ -243,6 +275,7 @@ class LayerCompressor:
             down=GroupSpec(plan.num_bases, plan.down_kept, plan.down_keep),
             deltas=deltas,
             gauge_fixed=plan.gauge_fixed,
+            factor_dtype=self.config.factor_dtype,
         )
 
     @torch.no_grad()

@@ -155,9 +155,15 @@ def inspection_tables(record: dict[str, Any], title: str) -> RenderableType:
     summary.add_row("bytes on disk", human_bytes(record["bytes_on_disk"]))
     for name, value in record["compression"].items():
         summary.add_row(name, str(value))
-    sizes = _table("Sizes", ("layer", "experts", "bases", "parameters"))
+    sizes = _table("Sizes", ("layer", "experts", "bases", "parameters", "bytes"))
     for layer in record["layers"]:
-        sizes.add_row(layer["name"], str(layer["num_experts"]), str(layer["num_bases"]), human_count(layer["parameters"]))
+        numbers = (
+            str(layer["num_experts"]),
+            str(layer["num_bases"]),
+            human_count(layer["parameters"]),
+            human_bytes(layer["bytes"]),
+        )
+        sizes.add_row(layer["name"], *numbers)
     return Group(summary, sizes, _layer_table(record["layers"]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from d2moe_ext.adapters import ExpertsLayout
 
 GROUPS = ("gate_up", "down")
+FACTOR_DTYPES = ("model", "int8")
 # Gauge-fixed V's start at an element, counted in int32.
 _LARGEST_START = 2**31 - 1
 _DELTA_ORDER = ("gate", "up", "gate_up", "down")
@@ -50,6 +51,8 @@ class ExpertsSpec:
         deltas: by projection: gate, up and down; or gate_up and down (which interleaved rows require); up and down
             where there is no gate; or none.
         gauge_fixed: every V has an identity in as many columns as its rank, which is not stored.
+        factor_dtype: what U and V are stored in: ``model``, the dtype of all other weights, or ``int8`` with a scale a row
+            (:mod:`d2moe_ext.quantise`).
 
     Raises:
         ValueError: one sentence, for numbers that do not describe a layer.
@@ -60,6 +63,7 @@ class ExpertsSpec:
     down: GroupSpec
     deltas: dict[str, DeltaSpec]
     gauge_fixed: bool = False
+    factor_dtype: str = "model"
 
     def __post_init__(self) -> None:
         for group, columns in (("gate_up", self.layout.hidden_size), ("down", self.layout.intermediate_size)):
@@ -81,6 +85,8 @@ class ExpertsSpec:
             raise ValueError(
                 f"ExpertsSpec: down.kept must be {self.layout.intermediate_size} without deltas, got {self.down.kept}"
             )
+        if self.factor_dtype not in FACTOR_DTYPES:
+            raise ValueError(f"ExpertsSpec: factor_dtype must be one of {list(FACTOR_DTYPES)}, got {self.factor_dtype!r}")
         for name, delta in self.deltas.items():
             if delta.u_rows < 0 or delta.v_rows < 0:
                 raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")
@@ -105,6 +111,13 @@ class ExpertsSpec:
             return hidden_size, intermediate_size
         return (self.layout.gate_up_rows if projection == "gate_up" else intermediate_size), hidden_size
 
+    def scales_of(self, projection: str) -> dict[str, int]:
+        """How many scales U's and V's tensors have: none, one a row, or one a component of gauge-fixed V."""
+        if self.factor_dtype == "model":
+            return {}
+        delta = self.deltas[projection]
+        return {"u": delta.u_rows, "v": delta.u_rows if self.gauge_fixed else delta.v_rows}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and dicts, as they stand in config.json."""
         return asdict(self)
@@ -116,9 +129,10 @@ class ExpertsSpec:
         Raises:
             ValueError: one sentence, for a missing, unknown or mistyped entry, or numbers that describe no layer.
         """
-        # Files of the format's first version do not say whether factors are gauge-fixed: theirs are not.
-        data = {"gauge_fixed": False} | data if isinstance(data, dict) else data
-        _check_keys("spec", data, {"layout", "gate_up", "down", "deltas", "gauge_fixed"})
+        # Files of the format's first version do not say how factors are stored: whole, and in the model's dtype.
+        first: dict[str, Any] = {"gauge_fixed": False, "factor_dtype": "model"}
+        data = first | data if isinstance(data, dict) else data
+        _check_keys("spec", data, {"layout", "gate_up", "down", "deltas", "gauge_fixed", "factor_dtype"})
         if not isinstance(data["deltas"], dict):
             raise ValueError(f"ExpertsSpec: deltas must be a mapping, got {data['deltas']!r}")
         return cls(
@@ -127,6 +141,7 @@ class ExpertsSpec:
             down=_from_dict(GroupSpec, "down", data["down"]),
             deltas={name: _from_dict(DeltaSpec, f"deltas.{name}", delta) for name, delta in data["deltas"].items()},
             gauge_fixed=_flag("gauge_fixed", data["gauge_fixed"]),
+            factor_dtype=data["factor_dtype"],
         )
 
 

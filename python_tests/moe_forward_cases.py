@@ -6,7 +6,8 @@ loops over tokens. Beside each value it carries a bound on the error that a forw
     product p = A x (+ bias)     |error| <= c u |A| |x| + |A| error(x),   u = eps / 2 + (terms) eps of float32
     h = act(gate) up             |error| <= |act'| error(gate) |up| + |act| error(up) + both, and one rounding of h
 
-with c = 4 roundings on the way: of V x, of U V x, of the base's product, of their sum (the halves return it).
+with c = 4 roundings on the way: of V x, of U V x, of the base's product, of their sum (the halves return it); of a delta of
+eight bits 6: U and V are rounded to the dtype, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ACTIVATIONS = {
     "relu2": lambda x: functional.relu(x) ** 2,
 }
 GATE_UP = ("base", "columns", "column_norms", "expert_to_base", "keep", "bias")
-DELTA = ("delta_u", "delta_v", "delta_rank", "delta_u_start", "delta_v_start", "delta_pivots")
+DELTA = ("delta_u", "delta_v", "delta_rank", "delta_u_start", "delta_v_start", "delta_pivots", "delta_u_scale", "delta_v_scale")
 
 
 @dataclass
@@ -65,7 +66,7 @@ def with_gaps(value: Tensor) -> Tensor:
     """The same values as a view, transposed from two dimensions on, between NaN or indices far out of range."""
     if value.dim() == 1:
         return with_gaps(value.unsqueeze(1)).squeeze(1)
-    filler = torch.nan if value.is_floating_point() else 10**6
+    filler = torch.nan if value.is_floating_point() else min(10**6, torch.iinfo(value.dtype).max)
     gaps = value.new_full((*value.shape[:-2], value.shape[-1], 2 * value.shape[-2]), filler)
     gaps[..., ::2] = value.transpose(-1, -2)
     return gaps[..., ::2].transpose(-1, -2)
@@ -95,6 +96,7 @@ def make_layer(
     index_dtype: torch.dtype = torch.int64,
     strided: bool = False,
     gauge_fixed: bool = False,
+    int8: bool = False,
 ) -> Layer:
     """A random layer.
 
@@ -105,6 +107,7 @@ def make_layer(
         kept, keep: shares of the columns that (gate_up's, down's) bases store, and of those the share they multiply.
         strided: every tensor is a view with gaps, transposed where it has two dimensions or more.
         gauge_fixed: every V has an identity at its pivots; what fills its tensor up is NaN.
+        int8: U and V are rows of eight bits, each with a scale.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -113,6 +116,18 @@ def make_layer(
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return spread((torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype))
+
+    def factor(rows: int, width: int, scale: float) -> Tensor:
+        if int8:
+            return torch.randint(-127, 128, (rows, width), generator=generator, dtype=torch.int8)
+        return (torch.randn(rows, width, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    def scales(u_rows: int, u_scale: float, v_rows: int, v_scale: float) -> dict:
+        if not int8:
+            return {}
+        pairs = (("delta_u_scale", u_rows, u_scale), ("delta_v_scale", v_rows, v_scale))
+        # 73 is the standard deviation of integers from -127 to 127.
+        return {name: spread(((torch.rand(n, generator=generator) + 0.5) * s / 73).to(dtype)) for name, n, s in pairs}
 
     def integers(values: list[int]) -> Tensor:
         return spread(torch.tensor(values, dtype=INT32))
@@ -149,25 +164,27 @@ def make_layer(
         if gauge_fixed:
             return gauge_fixed_delta(out, width, rank, starts, full)
         return {
-            "delta_u": normal(u_rows, out, scale=full**-0.5),
-            "delta_v": normal(v_rows, width, scale=width**-0.5),
+            "delta_u": spread(factor(u_rows, out, full**-0.5)),
+            "delta_v": spread(factor(v_rows, width, width**-0.5)),
             "delta_rank": integers(rank),
             "delta_u_start": integers(zeros if sharing == "uv" else starts),
             "delta_v_start": integers(starts if sharing == "none" else zeros),
+            **scales(u_rows, full**-0.5, v_rows, width**-0.5),
         }
 
     def gauge_fixed_delta(out: int, width: int, rank: list[int], starts: list[int], full: int) -> dict:
         elements = [r * (width - r) for r in rank]
-        flat = torch.randn(sum(elements), generator=generator, dtype=torch.float64) * width**-0.5
-        v = torch.cat([flat, flat.new_full((-len(flat) % width,), torch.nan)]).view(-1, width).to(dtype)
+        flat = factor(1, sum(elements), width**-0.5)[0]
+        v = torch.cat([flat, flat.new_full((-len(flat) % width,), 99 if int8 else torch.nan)]).view(-1, width)
         pivots = [torch.randperm(width, generator=generator)[:r].sort().values for r in rank]
         return {
-            "delta_u": normal(sum(rank), out, scale=full**-0.5),
+            "delta_u": spread(factor(sum(rank), out, full**-0.5)),
             "delta_v": spread(v),
             "delta_rank": integers(rank),
             "delta_u_start": integers(starts),
             "delta_v_start": integers([sum(elements[:e]) for e in range(experts)]),
             "delta_pivots": spread(torch.cat(pivots).to(INT32)),
+            **scales(sum(rank), full**-0.5, sum(rank), width**-0.5),
         }
 
     rows = 2 * inter if gated else inter
@@ -221,26 +238,31 @@ def _dense_weights(arguments: dict, group: str, deltas: slice, width: int, masks
         weight[:, place] = base[b] * masks[b]
         absolute = weight.abs()
         row = 0
-        pivots = arguments["delta_pivots"] or [None] * len(arguments["delta_u"])
-        lists = [*(arguments[name][deltas] for name in DELTA[:-1]), pivots[deltas]]
-        for u, v, rank, u_start, v_start, identity in zip(*lists, strict=True):
+        lists = [(arguments[name] or [None] * len(arguments["delta_u"]))[deltas] for name in DELTA]
+        for u, v, rank, u_start, v_start, identity, u_scale, v_scale in zip(*lists, strict=True):
             r, s, q = int(rank[expert]), int(u_start[expert]), int(v_start[expert])
-            factor_u = u[s : s + r].double().T
-            factor_v = v[q : q + r].double() if identity is None else _whole_v(v, q, identity[s : s + r].tolist())
+            ones = torch.ones(r, dtype=torch.float64)
+            factor_u = u[s : s + r].double().T * (ones if u_scale is None else u_scale[s : s + r].double())
+            scale_start = q if identity is None else s
+            row_scale = ones if v_scale is None else v_scale[scale_start : scale_start + r].double()
+            if identity is None:
+                factor_v = v[q : q + r].double() * row_scale[:, None]
+            else:
+                factor_v = _whole_v(v, q, identity[s : s + r].tolist(), row_scale.tolist())
             weight[row : row + u.shape[1]] += factor_u @ factor_v
-            absolute[row : row + u.shape[1]] += factor_u.abs() @ factor_v.abs()
+            absolute[row : row + u.shape[1]] += factor_u.abs() @ factor_v.abs() * (1.0 if u_scale is None else 1.5)
             row += u.shape[1]
         weights.append((weight, absolute))
     return weights
 
 
-def _whole_v(v: Tensor, start: int, pivots: list[int]) -> Tensor:
-    """``[r, in]`` float64: row by row 1 at the row's own pivot, 0 at the others', and what is stored in between."""
+def _whole_v(v: Tensor, start: int, pivots: list[int], scales: list[float]) -> Tensor:
+    """``[r, in]`` float64: row by row 1 at the row's own pivot, 0 at the others', scaled in between what is stored."""
     rows, stored = torch.zeros(len(pivots), v.shape[1], dtype=torch.float64), v.flatten().tolist()
     for i, pivot in enumerate(pivots):
         for column in range(v.shape[1]):
             if column not in pivots:
-                rows[i, column] = stored[start]
+                rows[i, column] = stored[start] * scales[i]
                 start += 1
         rows[i, pivot] = 1.0
     return rows

@@ -207,7 +207,7 @@ def test_experts_without_a_gate_alternate():
     layout = view.layout
     shapes = LayerShapes("experts", layout.num_experts, layout.hidden_size, layout.intermediate_size, 2, gated=False)
     config = CompressionConfig(0.3, base_sparsity=0.3)
-    plan = replace(without_deltas(shapes, config), ranks={"up": [2] * 4, "down": [2] * 4})
+    plan = replace(without_deltas(shapes, config, 4), ranks={"up": [2] * 4, "down": [2] * 4})
     layer = LayerCompressor(view, random_stats(view), config, plan)
     with torch.no_grad():
         errors = [layer.alternate() for _ in range(4)]

@@ -146,7 +146,7 @@ def test_a_truncated_file(checkpoint, length):
 
 
 def test_tensors_that_are_missing_unexpected_or_unlike(tmp_path):
-    expected = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.int32)}
+    expected = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.int32), "q": torch.zeros(5, dtype=torch.int8)}
 
     def check(**tensors):
         save_file(tensors, tmp_path / "file.safetensors")
@@ -157,6 +157,14 @@ def test_tensors_that_are_missing_unexpected_or_unlike(tmp_path):
     check(**{**good, "a": good["a"].half()})  # the loader casts
     with pytest.raises(ValueError, match=r"^the checkpoint must hold the tensor b, got a checkpoint without it$"):
         check(a=good["a"])
+    # Integers are never cast: eight bits mean nothing without their scale.
+    for other in (torch.float32, torch.bfloat16, torch.int32):
+        with pytest.raises(ValueError, match=rf"q must have torch\.int8, got {other}$"):
+            check(**{**good, "q": good["q"].to(other)})
+    with pytest.raises(ValueError, match=r"a must have a floating dtype, got torch\.int8$"):
+        check(**{**good, "a": good["a"].to(torch.int8)})
+    with pytest.raises(ValueError, match=r"b must have torch\.int32, got torch\.int8$"):
+        check(**{**good, "b": good["b"].to(torch.int8)})
     with pytest.raises(ValueError, match=r"must hold only tensors that its config.json describes, got c$"):
         check(**good, c=torch.zeros(1))
     with pytest.raises(ValueError, match=r"a must have shape \[2, 3\], got \[3, 2\]$"):

@@ -11,6 +11,7 @@ import cli_helpers
 import pytest
 import torch
 from cli_helpers import QUICK, assert_refused, run, run_json
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from d2moe_ext.cli import common, main
@@ -113,6 +114,7 @@ def test_compress_takes_every_option(model, text, tmp_path, capsys):
         "fold": True,
         "joint_gate_up": True,
         "gauge_fixed": True,
+        "factor_dtype": "model",
         "alternations": 2,
         "dynamic_pruning": True,
         "sequential": False,
@@ -135,6 +137,29 @@ def test_sequential_reads_the_calibration_text_again(model, text, tmp_path, caps
     assert weights["--sequential"] != weights["--no-sequential"]
     described = run_json(capsys, "inspect", tmp_path / "--sequential")
     assert set(described["layers"][0]["ranks"]) == {"gate_up", "down"}
+
+
+@pytest.mark.parametrize("gauge", ["--gauge-fixed", "--whole-factors"])
+def test_factors_of_eight_bits_take_the_planned_bytes(model, text, tmp_path, capsys, gauge):
+    common_options = ("--ratio", 0.55, gauge, "--base-sparsity", 0.4, "--dtype", "bfloat16")
+    options = (*common_options, "--factor-dtype", "int8")
+    quick = ("--calibration", text, "--alternations", 1, *QUICK)
+    record = run_json(capsys, "compress", model, tmp_path / "out", *options, *quick)
+    assert record["config"]["factor_dtype"] == "int8"
+    assert record["bytes_on_disk"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert record["bytes_on_disk"] == pytest.approx(record["plan"]["bytes_after"], rel=0.005)
+    plan = run_json(capsys, "plan", model, *options)
+    assert plan["bytes_after"] == pytest.approx(record["bytes_on_disk"], rel=0.01)
+    plain = run_json(capsys, "plan", model, *common_options)
+    assert plain["bytes_after"] == pytest.approx(plan["bytes_after"], rel=0.01)
+    assert sum(plan["layers"][0]["ranks"]["down"]) > 1.3 * sum(plain["layers"][0]["ranks"]["down"])
+    described = run_json(capsys, "inspect", tmp_path / "out")
+    assert {layer["factor_dtype"] for layer in described["layers"]} == {"int8"}
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in described["layers"]:
+        held = [tensor for name, tensor in tensors.items() if name.startswith(layer["name"].replace("mlp", "block_sparse_moe"))]
+        assert layer["bytes"] == sum(tensor.nbytes for tensor in held)
+        assert {torch.int8, torch.int32, torch.bfloat16} == {tensor.dtype for tensor in held}
 
 
 def test_without_a_text_python_is_the_calibration_text(model, tmp_path, capsys):

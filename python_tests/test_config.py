@@ -21,6 +21,7 @@ from d2moe_ext.config import CompressionConfig
             "merge must be one of fisher, fisher_frequency, frequency, mean, got 'median'.",
         ),
         ({"ratio": 0.4, "count": "all"}, "count must be one of stored, paper, got 'all'."),
+        ({"ratio": 0.4, "factor_dtype": "int4"}, "factor_dtype must be one of model, int8, got 'int4'."),
         ({"ratio": 0.4, "alternations": -1}, "alternations must be at least 0, got -1."),
         (
             {"ratio": 0.4, "fold": False},
@@ -66,6 +67,7 @@ def test_presets_are_the_papers():
             "fold": False,
             "joint_gate_up": False,
             "gauge_fixed": False,
+            "factor_dtype": "model",
             "alternations": 0,
             "dynamic_pruning": True,
             "sequential": False,
@@ -77,6 +79,7 @@ def test_an_option_stands_in_place_of_its_presets():
     config = CompressionConfig(0.4, preset="throughput", base_sparsity=0.3, merge="mean")
     assert (config.base_sparsity, config.merge, config.decomposition) == (0.3, "mean", "whitened")
     assert CompressionConfig(0.4).base_sparsity is None
+    assert CompressionConfig(0.4).factor_dtype == "model"
     assert CompressionConfig(**CompressionConfig(0.4).to_dict()) == CompressionConfig(0.4)
 
 

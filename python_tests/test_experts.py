@@ -304,15 +304,16 @@ def test_check_indices_of_gauge_fixed_factors(name, position, value, message):
         experts.check_indices("layer 7")
 
 
-def test_a_spec_of_the_first_format_is_not_gauge_fixed():
+def test_a_spec_of_the_first_format_has_whole_factors_in_the_models_dtype():
     data = spec_dict()
-    del data["gauge_fixed"]
+    del data["gauge_fixed"], data["factor_dtype"]
     assert ExpertsSpec.from_dict(data) == random_experts().spec
 
 
 def test_spec_survives_json():
     for spec in (
         gauge_fixed_experts().spec,
+        dataclasses.replace(gauge_fixed_experts().spec, factor_dtype="int8"),
         random_experts(dynamic=2).spec,
         compress_exactly(find_experts(tiny_model("gpt_oss"))[0]).spec,
     ):
@@ -339,6 +340,8 @@ def test_spec_survives_json():
         (("layout", "interleaved"), True, "deltas must be one of"),
         (("unknown",), 1, "spec must have the entries"),
         (("gauge_fixed",), 1, "gauge_fixed must be bool, got 1"),
+        (("factor_dtype",), "int4", r"factor_dtype must be one of \['model', 'int8'\], got 'int4'"),
+        (("factor_dtype",), [], r"factor_dtype must be one of \['model', 'int8'\], got \[\]"),
     ],
 )
 def test_spec_refusals_are_one_sentence(path, value, message):

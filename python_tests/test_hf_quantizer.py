@@ -57,6 +57,33 @@ def test_save_load_save_is_byte_identical(family, max_shard_size, tmp_path):
     assert len(shards) == 1 if max_shard_size == "50GB" else len(shards) > 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "list_moe"])
+def test_factors_of_eight_bits_are_never_cast(family, max_shard_size, dtype, tmp_path):
+    model = compressed_model(family, int8=True, **MIXED)
+    model.save_pretrained(tmp_path / "first", max_shard_size=max_shard_size)
+    state = model.state_dict()
+    factors = {name for name, tensor in state.items() if tensor.dtype == torch.int8}
+    assert len(factors) == 2 * sum(len(module.spec.deltas) for module in compressed_modules(model).values())
+    loaded = load(tmp_path / "first", dtype=dtype)
+    assert all(module.spec.factor_dtype == "int8" for module in compressed_modules(loaded).values())
+    for name, tensor in loaded.state_dict().items():
+        if name in factors:
+            assert tensor.dtype == torch.int8
+            assert torch.equal(tensor, state[name])
+        elif name.endswith("_scale"):
+            assert tensor.dtype == dtype
+            # Scales have eight significant bits.
+            assert torch.equal(tensor.float(), state[name]) or dtype == torch.float16
+    assert_close(logits(loaded).float(), logits(model), dtype)
+    for other in (torch.float64, torch.float32):
+        assert {t.dtype for name, t in loaded.to(other).state_dict().items() if name in factors} == {torch.int8}
+    again = load(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second", max_shard_size=max_shard_size)
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_checkpoint_compressed_in_memory_saves_and_loads(family, tmp_path):
     """The usual way: from_pretrained, which remembers how it converted the plain weights, then compress."""
@@ -118,9 +145,10 @@ def _plain_in(family, dtype, directory):
     return load(directory, dtype=dtype)
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("device_map", DEVICE_MAPS)
-def test_device_maps(device_map, tmp_path):
-    model = compressed_model("mixtral", **MIXED)
+def test_device_maps(device_map, int8, tmp_path):
+    model = compressed_model("mixtral", int8=int8, **MIXED)
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path, device_map=device_map)
     assert_close(logits(loaded), logits(model))
@@ -227,6 +255,24 @@ def test_damaged_tensors_are_refused_on_load(family, edit, message, tmp_path):
     with pytest.raises(ValueError, match=message.replace("{model}", re.escape(in_model))) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t, k: t.pop(f"{k}_v_scale"), "must hold the tensor {key}_v_scale, got a checkpoint without it"),
+        (lambda t, k: t.update({f"{k}_u": t[f"{k}_u"].float()}), "{key}_u must have torch.int8, got torch.float32"),
+        (
+            lambda t, k: t.update({f"{k}_u_scale": t[f"{k}_u_scale"].to(torch.int8)}),
+            "{key}_u_scale must have a floating dtype, got torch.int8",
+        ),
+    ],
+)
+def test_factors_of_eight_bits_must_be_such_and_have_scales(edit, message, tmp_path):
+    compressed_model("mixtral", int8=True, **MIXED).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: edit(tensors, f"{EXPERTS_OF['mixtral']}.up_delta"))
+    with pytest.raises(ValueError, match=re.escape(message.replace("{key}", "model.layers.1.mlp.experts.up_delta"))):
+        load(tmp_path)
 
 
 def test_truncated_missing_and_newer_checkpoints_are_refused_on_load(tmp_path):

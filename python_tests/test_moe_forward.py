@@ -43,6 +43,7 @@ def layers(draw: st.DrawFn) -> Layer:
         index_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
         strided=draw(st.booleans()),
         gauge_fixed=gauge_fixed,
+        int8=draw(st.booleans()),
     )
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from moe_forward_cases import ACTIVATIONS, Layer, make_layer
+from moe_forward_cases import ACTIVATIONS, DELTA, Layer, make_layer
 
 from d2moe_ext import ops, reference
 
+FACTORS = [{}, {"gauge_fixed": True}, {"int8": True}, {"gauge_fixed": True, "int8": True}]
+NO_DELTAS: list[list] = [[] for _ in DELTA]
 RICH = {"deltas": "separate", "bias": True, "kept": (0.7, 0.7), "keep": (0.6, 0.6), "bases": (2, 1)}
 
 
@@ -26,18 +28,19 @@ def calls(layer: Layer) -> list[tuple[Callable, dict]]:
     ]
 
 
-@pytest.mark.parametrize("gauge_fixed", [False, True])
+@pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", range(4))
-def test_opcheck(call: int, dtype: torch.dtype, gauge_fixed: bool) -> None:
-    function, arguments = calls(make_layer(1, dtype=dtype, gauge_fixed=gauge_fixed, **RICH))[call]
+def test_opcheck(call: int, dtype: torch.dtype, factors: dict) -> None:
+    function, arguments = calls(make_layer(1, dtype=dtype, **factors, **RICH))[call]
     operator = getattr(torch.ops.d2moe_ext, function.__name__)
     torch.library.opcheck(operator, tuple(arguments.values()))
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("call", range(4))
-def test_compiles_into_one_graph(call: int) -> None:
-    function, arguments = calls(make_layer(1, **RICH))[call]
+def test_compiles_into_one_graph(call: int, int8: bool) -> None:
+    function, arguments = calls(make_layer(1, int8=int8, **RICH))[call]
     with torch.no_grad():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(**arguments)
         assert torch.equal(compiled, function(**arguments))
@@ -73,8 +76,18 @@ def test_a_gradient_is_refused_in_grad_mode_only(call: int) -> None:
             assert torch.equal(function(**arguments | {name: grad}), function(**arguments))
 
 
-@pytest.mark.parametrize("gauge_fixed", [False, True])
-def test_the_reference_is_differentiable_in_inputs_weights_and_factors(gauge_fixed: bool) -> None:
+@pytest.mark.parametrize("name", ["delta_u_scale", "delta_v_scale"])
+def test_a_gradient_of_scales_is_refused_in_grad_mode_only(name: str) -> None:
+    arguments = make_layer(1, int8=True, **RICH).arguments
+    grad = [scale.clone().requires_grad_() for scale in arguments[name]]
+    with pytest.raises(RuntimeError, match=rf"moe_forward: {name} must not require grad in grad mode"):
+        ops.moe_forward(**arguments | {name: grad})
+    with torch.no_grad():
+        assert torch.equal(ops.moe_forward(**arguments | {name: grad}), ops.moe_forward(**arguments))
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_the_reference_is_differentiable_in_inputs_weights_and_factors(factors: dict) -> None:
     layer = make_layer(
         2,
         tokens=3,
@@ -85,16 +98,17 @@ def test_the_reference_is_differentiable_in_inputs_weights_and_factors(gauge_fix
         bias=True,
         kept=(0.8, 0.8),
         duplicates=True,
-        gauge_fixed=gauge_fixed,
+        **factors,
     )
     # What fills V up is NaN: never read, and so nothing that a derivative could be tested by.
     layer.arguments["delta_v"] = [v.nan_to_num() for v in layer.arguments["delta_v"]]
     names = ["hidden_states", "top_k_weights", "gate_up_base", "down_base", "gate_up_bias", "down_bias"]
-    factors = [*layer.arguments["delta_u"], *layer.arguments["delta_v"]]
-    leaves = [value.clone().requires_grad_() for value in [*(layer.arguments[name] for name in names), *factors]]
+    floating = ("delta_u_scale", "delta_v_scale") if factors.get("int8") else ("delta_u", "delta_v")
+    stacks = [factor for name in floating for factor in layer.arguments[name]]
+    leaves = [value.clone().requires_grad_() for value in [*(layer.arguments[name] for name in names), *stacks]]
 
     def forward(*values: torch.Tensor) -> torch.Tensor:
-        lists = {"delta_u": list(values[6:9]), "delta_v": list(values[9:12])}
+        lists = {floating[0]: list(values[6:9]), floating[1]: list(values[9:12])}
         return reference.moe_forward(**layer.arguments | dict(zip(names, values[:6], strict=True)) | lists)
 
     assert torch.autograd.gradcheck(forward, leaves)
@@ -126,9 +140,11 @@ def test_a_non_finite_token_spoils_no_other(bases: int, dtype: torch.dtype, bad:
     assert torch.equal(spoiled[others], clean[others])
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_results_depend_neither_on_the_run_nor_on_the_threads(dtype: torch.dtype) -> None:
-    layer = make_layer(6, tokens=200, experts=8, top_k=3, hidden=64, inter=96, bases=(2, 1), dtype=dtype, keep=(0.9, 0.9))
+def test_results_depend_neither_on_the_run_nor_on_the_threads(dtype: torch.dtype, int8: bool) -> None:
+    sizes = {"tokens": 200, "experts": 8, "top_k": 3, "hidden": 64, "inter": 96, "bases": (2, 1), "keep": (0.9, 0.9)}
+    layer = make_layer(6, dtype=dtype, int8=int8, **sizes)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -141,12 +157,12 @@ def test_results_depend_neither_on_the_run_nor_on_the_threads(dtype: torch.dtype
     assert torch.equal(results[1], results[2])
 
 
-@pytest.mark.parametrize("gauge_fixed", [False, True])
+@pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bases", "ranks"), [(1, "uniform"), (8, "zero")])
-def test_error_is_no_worse_than_twice_torchs_own(dtype: torch.dtype, bases: int, ranks: str, gauge_fixed: bool) -> None:
+def test_error_is_no_worse_than_twice_torchs_own(dtype: torch.dtype, bases: int, ranks: str, factors: dict) -> None:
     sizes = {"tokens": 64, "experts": 8, "top_k": 4, "hidden": 128, "inter": 192, "bases": (bases, bases), "ranks": ranks}
-    layer = make_layer(7, dtype=dtype, gauge_fixed=gauge_fixed, **sizes)
+    layer = make_layer(7, dtype=dtype, **factors, **sizes)
     exact = reference.moe_forward(**layer.to(torch.float64).arguments)
 
     def error(output: torch.Tensor) -> float:
@@ -165,9 +181,25 @@ def test_results_round_to_nearest_even_for_every_value_of_the_dtype(dtype: torch
     output = ops.moe_down_forward(
         torch.zeros(7, 1, dtype=dtype), torch.zeros(7, 1, dtype=torch.int64), weights,
         torch.zeros(1, hidden, 1, dtype=dtype), None, None, torch.zeros(1, dtype=torch.int32), 1, values.unsqueeze(0),
-        [], [], [], [], [], [], False,
+        *NO_DELTAS, False,
     )  # fmt: skip
     assert torch.equal(output, (weights * values.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_value_of_eight_bits_is_scaled_and_rounded_once(dtype: torch.dtype) -> None:
+    """Each token is a unit vector and U is 1: the output is V itself, as torch rounds it."""
+    values = torch.arange(-128, 128, dtype=torch.int8)
+    scales = torch.tensor([1.3e-3, 1.0, 3.7, 0.0, 1.0 + 2**-7], dtype=dtype)
+    x, one = torch.eye(256, dtype=dtype), torch.ones(1, dtype=torch.int32)
+    u = torch.ones(5, 1, dtype=torch.int8)
+    for row in range(5):
+        start = torch.tensor([row], dtype=torch.int32)
+        output = ops.moe_gate_up_forward(
+            x, torch.zeros(256, 1, dtype=torch.int64), torch.zeros(1, 1, 256, dtype=dtype), None, None, 0 * one, 256, None,
+            [u], [values.expand(5, -1)], [one], [start], [start], [], [torch.ones(5, dtype=dtype)], [scales],
+        )  # fmt: skip
+        assert torch.equal(output.flatten(), (scales[row].double() * values).to(dtype))
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
@@ -177,9 +209,7 @@ def test_activations_over_the_range_of_float32(activation: str) -> None:
     one, expert = torch.ones(1, 1, 1), torch.zeros(1, dtype=torch.int32)
     index = torch.zeros(x.numel(), 1, dtype=torch.int64)
     group = (one, None, None, expert, 1, None)
-    output = ops.moe_forward(
-        x.unsqueeze(1), index, torch.ones(x.numel(), 1), *group, *group, [], [], [], [], [], [], activation, False
-    )
+    output = ops.moe_forward(x.unsqueeze(1), index, torch.ones(x.numel(), 1), *group, *group, *NO_DELTAS, activation, False)
     expected = ACTIVATIONS[activation](x.double()).float()
     # exp(a) carries the rounding of a, up to 87 here; 1 + erf and 1 + tanh cancel, in float64 too.
     torch.testing.assert_close(
@@ -194,7 +224,7 @@ def test_products_larger_than_a_conversion_chunk(tokens: int, hidden: int, rows:
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     base = (torch.randn(1, rows, hidden, generator=generator) * hidden**-0.5).to(dtype)
     index = torch.zeros(tokens, 1, dtype=torch.int64)
-    arguments = (x, index, base, None, None, torch.zeros(1, dtype=torch.int32), hidden, None, [], [], [], [], [], [])
+    arguments = (x, index, base, None, None, torch.zeros(1, dtype=torch.int32), hidden, None, *NO_DELTAS)
     exact = x.double() @ base[0].double().T
     error = (ops.moe_gate_up_forward(*arguments).double() - exact).abs()
     bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5 * (x.double().abs() @ base[0].double().abs().T)

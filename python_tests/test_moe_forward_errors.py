@@ -16,6 +16,8 @@ LAYER = make_layer(
 )
 A = LAYER.arguments
 PIVOTS = make_layer(1, experts=4, hidden=12, inter=10, deltas="joint", ranks="uniform", gauge_fixed=True).arguments
+INT8 = make_layer(1, experts=4, hidden=12, inter=10, deltas="joint", ranks="uniform", int8=True).arguments
+INT8_PIVOTS = make_layer(1, experts=4, deltas="joint", ranks="uniform", gauge_fixed=True, int8=True).arguments
 INTERLEAVED = make_layer(1, interleaved=True, deltas="separate").arguments
 UNGATED = make_layer(1, gated=False).arguments
 
@@ -106,6 +108,37 @@ PIVOT_ERRORS = [
 def test_moe_forward_refuses_wrong_pivots(change: dict, sentence: str) -> None:
     ops.moe_forward(**PIVOTS)
     refuse(ops.moe_forward, PIVOTS | change, f"moe_forward: {sentence}")
+
+
+# Joint deltas of ranks 6 and 5: 24 and 20 rows of U, as many of V where there are no pivots.
+INT8_ERRORS = [
+    (INT8, {"delta_u_scale": INT8["delta_u_scale"][:1]}, "delta_u_scale must hold 2 tensors like delta_u, got 1"),
+    (INT8, {"delta_v_scale": []}, "delta_v_scale must hold 2 tensors like delta_u, got 0"),
+    (INT8, {"delta_u_scale": []}, "delta_u_scale must hold 2 tensors like delta_u, got 0"),
+    (INT8, {"delta_u_scale": [], "delta_v_scale": []}, "delta_u[0] must be Float, got Char"),
+    (INT8, {"delta_u": [u.float() for u in INT8["delta_u"]]}, "delta_u[0] must be Char, got Float"),
+    (INT8, {"delta_v": [v.int() for v in INT8["delta_v"]]}, "delta_v[0] must be Char, got Int"),
+    (INT8, {"delta_u_scale": [s.half() for s in INT8["delta_u_scale"]]}, "delta_u_scale[0] must be Float, got Half"),
+    (INT8, {"delta_v_scale": [s.double() for s in INT8["delta_v_scale"]]}, "delta_v_scale[0] must be Float, got Double"),
+    (INT8, {"delta_u_scale": [s[1:] for s in INT8["delta_u_scale"]]}, "delta_u_scale[0] must have shape [24], got [23]"),
+    (INT8, {"delta_v": [v[:20] for v in INT8["delta_v"]]}, "delta_v_scale[0] must have shape [20], got [24]"),
+    (
+        INT8,
+        {"delta_v_scale": [s[:, None] for s in INT8["delta_v_scale"]]},
+        "delta_v_scale[0] must have shape [24], got [24, 1]",
+    ),
+    (
+        INT8_PIVOTS,
+        {"delta_v_scale": [s[:12] for s in INT8["delta_v_scale"]]},
+        "delta_v_scale[0] must have shape [24], got [12]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "change", "sentence"), INT8_ERRORS, ids=range(len(INT8_ERRORS)))
+def test_moe_forward_refuses_wrong_factors_of_eight_bits(arguments: dict, change: dict, sentence: str) -> None:
+    ops.moe_forward(**arguments)
+    refuse(ops.moe_forward, arguments | change, f"moe_forward: {sentence}")
 
 
 @pytest.mark.parametrize(("change", "sentence"), ERRORS, ids=range(len(ERRORS)))

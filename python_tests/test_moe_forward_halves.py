@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
-from moe_forward_cases import Layer, assert_within, dense_forward, make_layer, with_gaps
+from moe_forward_cases import DELTA, Layer, assert_within, dense_forward, make_layer, with_gaps
 from test_moe_forward import DTYPES, layers
 
 from d2moe_ext import ops, reference
 from d2moe_ext.reference.moe_forward import gated_activation
+
+NO_DELTAS: list[list] = [[] for _ in DELTA]
 
 
 def compose(layer: Layer) -> torch.Tensor:
@@ -71,7 +73,7 @@ def test_scores_count_a_token_once_per_base_and_only_tokens_of_that_base() -> No
     norms = torch.tensor([[1.1, 1.0, 1.0], [1.0, 1.0, 1.0]])
     base = torch.eye(3).expand(2, 3, 3)
     expert_to_base = torch.tensor([0, 0, 1], dtype=torch.int32)
-    arguments = (x, index, base, None, norms, expert_to_base, 1, None, [], [], [], [], [], [])
+    arguments = (x, index, base, None, norms, expert_to_base, 1, None, *NO_DELTAS)
     expected = torch.zeros(3, 2, 3)
     expected[0, :, 0], expected[1, 0, 0], expected[2, :, 1] = 2.0, 2.0, 3.0
     for function in (ops.moe_gate_up_forward, reference.moe_gate_up_forward):
@@ -83,7 +85,7 @@ def test_ties_and_nan_in_scores_keep_the_lower_columns_and_the_nan() -> None:
     index = torch.tensor([[0], [0]])
     norms = torch.ones(1, 4)
     expert_to_base = torch.zeros(1, dtype=torch.int32)
-    arguments = (x, index, torch.ones(1, 1, 4), None, norms, expert_to_base, 3, None, [], [], [], [], [], [])
+    arguments = (x, index, torch.ones(1, 1, 4), None, norms, expert_to_base, 3, None, *NO_DELTAS)
     for function in (ops.moe_gate_up_forward, reference.moe_gate_up_forward):
         output = function(*arguments).flatten()
         assert output[0].isnan()
@@ -99,8 +101,7 @@ def test_down_scores_are_taken_on_the_weighted_sums(weigh: bool) -> None:
         "activated": activated, "top_k_index": torch.tensor([[0, 1]]), "top_k_weights": weights,
         "down_base": torch.eye(2).unsqueeze(0), "down_columns": None, "down_column_norms": torch.ones(1, 2),
         "down_expert_to_base": torch.zeros(2, dtype=torch.int32), "down_keep": 1, "down_bias": None,
-        "delta_u": [], "delta_v": [], "delta_rank": [], "delta_u_start": [], "delta_v_start": [],
-        "delta_pivots": [], "per_pair": False,
+        **{name: [] for name in DELTA}, "per_pair": False,
     }  # fmt: skip
     expected = torch.tensor([[0.0, 2.0]] if weigh else [[9.0, 0.0]])
     for function in (ops.moe_down_forward, reference.moe_down_forward):

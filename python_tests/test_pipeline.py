@@ -44,6 +44,28 @@ def test_calibrate_compress_save_load_patch_generate(family, tmp_path):
     )
 
 
+@pytest.mark.parametrize("gauge_fixed", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "list_moe"])
+def test_the_same_with_factors_of_eight_bits(family, gauge_fixed, tmp_path):
+    model = tiny_model(family).bfloat16()
+    (ids,) = batches(model)
+    config = CompressionConfig(ratio=0.3, base_sparsity=0.3, factor_dtype="int8", gauge_fixed=gauge_fixed)
+    report = d2moe_ext.compress(model, d2moe_ext.calibrate(model, [ids]), config)
+    model.save_pretrained(tmp_path / "out")
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size == pytest.approx(report.plan.bytes_after, rel=0.02)  # most of so small a file is names
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    plain = d2moe_ext.patch_model(tiny_model(family).bfloat16(), tmp_path / "out")
+    prompt = ids[:1, :4]
+    with torch.no_grad():
+        expected = model(input_ids=ids[:1]).logits.float()
+        for other in (loaded, d2moe_ext.patch_model(loaded), plain):
+            assert float((other(input_ids=ids[:1]).logits - expected).norm()) <= 0.05 * float(expected.norm())
+    assert loaded.generate(prompt, max_new_tokens=4).tolist() == plain.generate(prompt, max_new_tokens=4).tolist()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_statistics_come_from_the_model_as_it_runs(family):
     """The stand-ins of both passes compute what the experts do: the logits do not move while statistics are taken."""

@@ -120,7 +120,7 @@ def test_inspection_shows_the_compression_and_each_layer():
         "parameters": 3_801_234,
         "bytes_on_disk": 7_650_000,
         "compression": {"ratio": 0.4, "merge": "fisher"},
-        "layers": [LAYER | {"num_experts": 8, "num_bases": 2, "parameters": 123_456}],
+        "layers": [LAYER | {"num_experts": 8, "num_bases": 2, "parameters": 123_456, "bytes": 246_912}],
     }
     text = rendered(report.inspection_tables(record, "out"))
     for part in ("3.80 M", "7.65 MB", "fisher", "123 k", "60 stored, 58 used"):

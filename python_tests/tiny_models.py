@@ -5,6 +5,7 @@ Sizes are small and unlike one another (H 32, I 24, E 6, k 2), so that no two ax
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from d2moe_ext import hf
 from d2moe_ext.adapters import ExpertsView, find_experts
 from d2moe_ext.experts import D2MoEExperts
+from d2moe_ext.quantise import quantise_rows
 from d2moe_ext.spec import DeltaSpec, ExpertsSpec, GroupSpec, delta_names
 
 HIDDEN, INTER, EXPERTS, TOP_K, VOCAB = 32, 24, 6, 2, 64
@@ -128,7 +130,12 @@ def dense_experts(view: ExpertsView) -> Callable[[Tensor, Tensor, Tensor], Tenso
 
 
 def compress_exactly(
-    view: ExpertsView, num_bases: int = 1, pruned: int = 0, dynamic: int = 0, joint_gate_up: bool | None = None
+    view: ExpertsView,
+    num_bases: int = 1,
+    pruned: int = 0,
+    dynamic: int = 0,
+    joint_gate_up: bool | None = None,
+    int8: bool = False,
 ) -> D2MoEExperts:
     """Compressed experts that compute what the plain ones do: full-rank deltas against the (pruned) mean of each base.
 
@@ -137,6 +144,7 @@ def compress_exactly(
         pruned: columns of each base that are not stored (the deltas make up for them).
         dynamic: how many of the stored columns are left out per forward (this does change the result).
         joint_gate_up: None: where the layout requires it.
+        int8: round the factors to eight bits (this does change the result, a little).
     """
     layout = view.layout
     joint = layout.interleaved if joint_gate_up is None else joint_gate_up
@@ -162,6 +170,10 @@ def compress_exactly(
             deltas[name] = _full_rank(name, rows, tensors)
     spec = ExpertsSpec(layout, groups["gate_up"], groups["down"], {n: deltas[n] for n in delta_names(layout, joint)})
     first = view.down_weight(0)
+    if int8:
+        spec = dataclasses.replace(spec, factor_dtype="int8")
+        for factor in [f"{name}_delta_{part}" for name in deltas for part in "uv"]:
+            tensors[factor], tensors[f"{factor}_scale"] = quantise_rows(tensors[factor].double(), first.dtype)
     experts = D2MoEExperts(spec, view, dtype=first.dtype, device=first.device)
     if layout.has_bias:
         tensors["gate_up_bias"] = torch.stack([view.gate_up_bias(e).detach() for e in range(layout.num_experts)])

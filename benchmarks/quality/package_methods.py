@@ -37,7 +37,7 @@ def package_method(*, version: int = 1, left_gram: LeftGram = "diagonal", **opti
     def method(model: PreTrainedModel, calibration: Calibration, ratio: float) -> int:
         config = _within_budget(model, CompressionConfig(ratio, **options))
         stats = stats_for(model, calibration, config, left_gram)
-        compress_experts(model, stats, config, batches=calibration.batches)
+        compress_experts(model, stats, config, batches=calibration.batches, element_size=FLOAT_BYTES)
         round_stored(model)
         patch_model(model)
         return stored_bytes(model)
@@ -59,14 +59,15 @@ def _within_budget(model: PreTrainedModel, config: CompressionConfig) -> Compres
     # Where compression chooses the columns, the longest lists of them are allowed for.
     sparsity = SPARSITIES_TRIED[1] if config.base_sparsity is None else config.base_sparsity
     shapes = model_shapes(model)
-    layers = [without_deltas(layer, replace(config, base_sparsity=sparsity)) for layer in shapes.layers]
+    layers = [without_deltas(layer, replace(config, base_sparsity=sparsity), FLOAT_BYTES) for layer in shapes.layers]
     costs = [cost for layer in layers for cost in layer.factor_costs.values()]
     indices = sum(layer.index_elements for layer in layers)
     allowed = byte_budget(model, config.ratio) // FLOAT_BYTES
     if config.gauge_fixed:
-        # A pivot comes with a rank; ranks up to half of the largest cost so much or more, each. Where they did not, the
-        # laboratory would refuse the row.
-        cheapest = min(cost.of(cost.longest // 2) / (cost.longest // 2) for cost in costs)
+        # A pivot comes with a rank; ranks up to half of the largest (of int8: up to the largest) cost so much or more, each.
+        # Where they did not, the laboratory would refuse the row.
+        highest = [cost.longest if config.factor_dtype == "int8" else cost.longest // 2 for cost in costs]
+        cheapest = min(cost.of(rank) / rank for cost, rank in zip(costs, highest, strict=True))
         indices += int((allowed - shapes.other_parameters) / cheapest)
     allowed -= indices * (INDEX_BYTES - FLOAT_BYTES) // FLOAT_BYTES
     # The half keeps the rounding of 1 - ratio from losing a whole parameter.
@@ -116,17 +117,18 @@ def stats_for(
 
 @torch.no_grad()
 def round_stored(model: nn.Module) -> None:
-    """Round every parameter as a bfloat16 file would, in place; the model stays float32."""
+    """Round every floating parameter as a bfloat16 file would, in place; the model stays float32."""
     for parameter in model.parameters():
-        parameter.copy_(stored(parameter))
+        if parameter.is_floating_point():
+            parameter.copy_(stored(parameter))
     for module in model.modules():
         if isinstance(module, D2MoEExperts):
             module.refresh_column_norms()
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of a model's file without headers, from its own tensors: 2 per float, tied ones once, and 4 per index."""
-    floats = sum(parameter.numel() for parameter in model.parameters())
+    """Bytes of a model's file without headers, from its own tensors: 2 per float, tied ones once, 1 per int8, 4 per index."""
+    weights = sum(p.numel() * (1 if p.dtype == torch.int8 else FLOAT_BYTES) for p in model.parameters())
     indices = sum(
         tensor.numel()
         for module in model.modules()
@@ -134,4 +136,4 @@ def stored_bytes(model: nn.Module) -> int:
         for tensor in module.state_dict().values()
         if tensor.dtype == torch.int32
     )
-    return FLOAT_BYTES * floats + INDEX_BYTES * indices
+    return weights + INDEX_BYTES * indices

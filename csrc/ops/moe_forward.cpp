@@ -90,20 +90,23 @@ void prepare_indices(const char* op, std::vector<Delta>& deltas) {
   check_delta_indices(op, deltas);
 }
 
-at::Tensor moe_forward_cpu(
-    const at::Tensor& hidden_states, const at::Tensor& top_k_index, const at::Tensor& top_k_weights,
-    const at::Tensor& gate_up_base, const std::optional<at::Tensor>& gate_up_columns,
-    const std::optional<at::Tensor>& gate_up_column_norms, const at::Tensor& gate_up_expert_to_base,
-    int64_t gate_up_keep, const std::optional<at::Tensor>& gate_up_bias, const at::Tensor& down_base,
-    const std::optional<at::Tensor>& down_columns, const std::optional<at::Tensor>& down_column_norms,
-    const at::Tensor& down_expert_to_base, int64_t down_keep, const std::optional<at::Tensor>& down_bias,
-    at::TensorList delta_u, at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
-    at::TensorList delta_v_start, at::TensorList delta_pivots, std::string_view activation, bool interleaved) {
+at::Tensor moe_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& top_k_index,
+                           const at::Tensor& top_k_weights, const at::Tensor& gate_up_base,
+                           const std::optional<at::Tensor>& gate_up_columns,
+                           const std::optional<at::Tensor>& gate_up_column_norms,
+                           const at::Tensor& gate_up_expert_to_base, int64_t gate_up_keep,
+                           const std::optional<at::Tensor>& gate_up_bias, const at::Tensor& down_base,
+                           const std::optional<at::Tensor>& down_columns,
+                           const std::optional<at::Tensor>& down_column_norms, const at::Tensor& down_expert_to_base,
+                           int64_t down_keep, const std::optional<at::Tensor>& down_bias, at::TensorList delta_u,
+                           at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
+                           at::TensorList delta_v_start, at::TensorList delta_pivots, at::TensorList delta_u_scale,
+                           at::TensorList delta_v_scale, std::string_view activation, bool interleaved) {
   BaseGroup gate_up{"gate_up",    gate_up_base, gate_up_columns, gate_up_column_norms, gate_up_expert_to_base,
                     gate_up_keep, gate_up_bias};
   BaseGroup down{"down", down_base, down_columns, down_column_norms, down_expert_to_base, down_keep, down_bias};
-  std::vector<Delta> deltas =
-      make_deltas(kMoeForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots);
+  std::vector<Delta> deltas = make_deltas(kMoeForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start,
+                                          delta_pivots, delta_u_scale, delta_v_scale);
   const kernels::Activation act = parse_activation(kMoeForward, activation);
   const ForwardPlan plan =
       check_moe_forward(hidden_states, top_k_index, top_k_weights, gate_up, down, deltas, interleaved);
@@ -151,11 +154,12 @@ at::Tensor moe_gate_up_forward_cpu(const at::Tensor& hidden_states, const at::Te
                                    const at::Tensor& gate_up_expert_to_base, int64_t gate_up_keep,
                                    const std::optional<at::Tensor>& gate_up_bias, at::TensorList delta_u,
                                    at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
-                                   at::TensorList delta_v_start, at::TensorList delta_pivots) {
+                                   at::TensorList delta_v_start, at::TensorList delta_pivots,
+                                   at::TensorList delta_u_scale, at::TensorList delta_v_scale) {
   BaseGroup gate_up{"gate_up",    gate_up_base, gate_up_columns, gate_up_column_norms, gate_up_expert_to_base,
                     gate_up_keep, gate_up_bias};
-  std::vector<Delta> deltas =
-      make_deltas(kGateUpForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots);
+  std::vector<Delta> deltas = make_deltas(kGateUpForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start,
+                                          delta_pivots, delta_u_scale, delta_v_scale);
   TORCH_CHECK(deltas.size() <= 2, kGateUpForward, ": delta_u must hold 0, 1 or 2 tensors, got ", deltas.size());
   check_input(kGateUpForward, "hidden_states", hidden_states);
   check_routing(kGateUpForward, top_k_index, hidden_states, "hidden_states");
@@ -173,10 +177,11 @@ at::Tensor moe_down_forward_cpu(const at::Tensor& activated, const at::Tensor& t
                                 const at::Tensor& down_expert_to_base, int64_t down_keep,
                                 const std::optional<at::Tensor>& down_bias, at::TensorList delta_u,
                                 at::TensorList delta_v, at::TensorList delta_rank, at::TensorList delta_u_start,
-                                at::TensorList delta_v_start, at::TensorList delta_pivots, bool per_pair) {
+                                at::TensorList delta_v_start, at::TensorList delta_pivots, at::TensorList delta_u_scale,
+                                at::TensorList delta_v_scale, bool per_pair) {
   BaseGroup down{"down", down_base, down_columns, down_column_norms, down_expert_to_base, down_keep, down_bias};
-  std::vector<Delta> deltas =
-      make_deltas(kDownForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots);
+  std::vector<Delta> deltas = make_deltas(kDownForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start,
+                                          delta_pivots, delta_u_scale, delta_v_scale);
   TORCH_CHECK(deltas.size() <= 1, kDownForward, ": delta_u must hold 0 or 1 tensors, got ", deltas.size());
   check_input(kDownForward, "activated", activated);
   check_routing(kDownForward, top_k_index, activated, "activated");
@@ -201,20 +206,20 @@ TORCH_LIBRARY_FRAGMENT(d2moe_ext, m) {
       "Tensor down_base, Tensor? down_columns, Tensor? down_column_norms, Tensor down_expert_to_base, "
       "int down_keep, Tensor? down_bias, "
       "Tensor[] delta_u, Tensor[] delta_v, Tensor[] delta_rank, Tensor[] delta_u_start, Tensor[] delta_v_start, "
-      "Tensor[] delta_pivots, "
+      "Tensor[] delta_pivots, Tensor[] delta_u_scale, Tensor[] delta_v_scale, "
       "str activation, bool interleaved) -> Tensor");
   m.def(
       "moe_gate_up_forward(Tensor hidden_states, Tensor top_k_index, "
       "Tensor gate_up_base, Tensor? gate_up_columns, Tensor? gate_up_column_norms, Tensor gate_up_expert_to_base, "
       "int gate_up_keep, Tensor? gate_up_bias, "
       "Tensor[] delta_u, Tensor[] delta_v, Tensor[] delta_rank, Tensor[] delta_u_start, Tensor[] delta_v_start, "
-      "Tensor[] delta_pivots) -> Tensor");
+      "Tensor[] delta_pivots, Tensor[] delta_u_scale, Tensor[] delta_v_scale) -> Tensor");
   m.def(
       "moe_down_forward(Tensor activated, Tensor top_k_index, Tensor top_k_weights, "
       "Tensor down_base, Tensor? down_columns, Tensor? down_column_norms, Tensor down_expert_to_base, "
       "int down_keep, Tensor? down_bias, "
       "Tensor[] delta_u, Tensor[] delta_v, Tensor[] delta_rank, Tensor[] delta_u_start, Tensor[] delta_v_start, "
-      "Tensor[] delta_pivots, "
+      "Tensor[] delta_pivots, Tensor[] delta_u_scale, Tensor[] delta_v_scale, "
       "bool per_pair) -> Tensor");
 }
 

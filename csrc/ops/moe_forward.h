@@ -34,6 +34,8 @@ struct BaseGroup {
 // The low-rank deltas of one projection: U[e] = u[u_start[e] : u_start[e] + rank[e]].T, V[e] likewise without the
 // transpose. With pivots the factors are gauge-fixed: columns pivots[u_start[e] : u_start[e] + rank[e]] of V[e] are an
 // identity that is not stored, and its other columns, [rank, in - rank], stand in v from element v_start[e] on.
+// With scales u and v are int8, and a row is its scale times what is stored: v's scales stand beside its rows, or from
+// u_start[e] on where there are pivots.
 struct Delta {
   const char* op;  // this and the next for messages
   size_t index;    // in the operator's lists
@@ -43,17 +45,21 @@ struct Delta {
   at::Tensor u_start;
   at::Tensor v_start;
   std::optional<at::Tensor> pivots;
+  std::optional<at::Tensor> u_scale;  // both or none
+  std::optional<at::Tensor> v_scale;
 
   int64_t in_features() const { return v.size(1); }
   int64_t rank_of(int64_t expert) const { return rank.const_data_ptr<int32_t>()[expert]; }
+  // In the dtype of the forward: views, or where there are scales new tensors.
   at::Tensor u_of(int64_t expert) const;  // [rank, out]
   at::Tensor v_of(int64_t expert) const;  // [rank, in], or what is stored of it, [rank, in - rank]
   const int32_t* pivots_of(int64_t expert) const;
 };
 
-// pivots: as many as u, or none where V is stored whole.
+// pivots: as many as u, or none where V is stored whole; scales: as many as u, or none where factors are floating.
 std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList v, at::TensorList rank,
-                               at::TensorList u_start, at::TensorList v_start, at::TensorList pivots);
+                               at::TensorList u_start, at::TensorList v_start, at::TensorList pivots,
+                               at::TensorList u_scale, at::TensorList v_scale);
 
 // Checks of shapes, dtypes and devices, which need no tensor's values and so hold on every device.
 void check_input(const char* op, const char* name, const at::Tensor& input);

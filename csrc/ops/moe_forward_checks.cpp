@@ -89,7 +89,8 @@ void check_stored_elements(const char* op, const Delta& delta, const int32_t* st
 }  // namespace
 
 std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList v, at::TensorList rank,
-                               at::TensorList u_start, at::TensorList v_start, at::TensorList pivots) {
+                               at::TensorList u_start, at::TensorList v_start, at::TensorList pivots,
+                               at::TensorList u_scale, at::TensorList v_scale) {
   const auto check_length = [&](const char* name, at::TensorList list) {
     TORCH_CHECK(list.size() == u.size(), op, ": ", name, " must hold ", u.size(), " tensors like delta_u, got ",
                 list.size());
@@ -101,10 +102,18 @@ std::vector<Delta> make_deltas(const char* op, at::TensorList u, at::TensorList 
   if (!pivots.empty()) {
     check_length("delta_pivots", pivots);
   }
+  const bool quantised = !u_scale.empty() || !v_scale.empty();
+  if (quantised) {
+    check_length("delta_u_scale", u_scale);
+    check_length("delta_v_scale", v_scale);
+  }
+  const auto optional = [](bool given, at::TensorList list, size_t i) {
+    return given ? std::optional<at::Tensor>(list[i]) : std::nullopt;
+  };
   std::vector<Delta> deltas;
   for (size_t i = 0; i < u.size(); ++i) {
-    deltas.push_back({op, i, u[i], v[i], rank[i], u_start[i], v_start[i],
-                      pivots.empty() ? std::nullopt : std::optional<at::Tensor>(pivots[i])});
+    deltas.push_back({op, i, u[i], v[i], rank[i], u_start[i], v_start[i], optional(!pivots.empty(), pivots, i),
+                      optional(quantised, u_scale, i), optional(quantised, v_scale, i)});
   }
   return deltas;
 }
@@ -166,13 +175,19 @@ void check_deltas(const char* op, const BaseGroup& group, at::ArrayRef<Delta> de
   for (const Delta& delta : deltas) {
     const size_t index = delta.index;
     const int64_t out_features = group.out_features() / static_cast<int64_t>(deltas.size());
-    check_list(op, delta_name("delta_u", index), delta.u, {"R_u", out_features}, input.scalar_type(), input);
-    check_list(op, delta_name("delta_v", index), delta.v, {"R_v", in_features}, input.scalar_type(), input);
+    const at::ScalarType dtype = delta.u_scale.has_value() ? at::kChar : input.scalar_type();
+    check_list(op, delta_name("delta_u", index), delta.u, {"R_u", out_features}, dtype, input);
+    check_list(op, delta_name("delta_v", index), delta.v, {"R_v", in_features}, dtype, input);
     check_list(op, delta_name("delta_rank", index), delta.rank, {group.num_experts()}, at::kInt, input);
     check_list(op, delta_name("delta_u_start", index), delta.u_start, {group.num_experts()}, at::kInt, input);
     check_list(op, delta_name("delta_v_start", index), delta.v_start, {group.num_experts()}, at::kInt, input);
     if (delta.pivots.has_value()) {
       check_list(op, delta_name("delta_pivots", index), *delta.pivots, {delta.u.size(0)}, at::kInt, input);
+    }
+    if (delta.u_scale.has_value()) {
+      const int64_t v_scales = delta.pivots.has_value() ? delta.u.size(0) : delta.v.size(0);
+      check_list(op, delta_name("delta_u_scale", index), *delta.u_scale, {delta.u.size(0)}, input.scalar_type(), input);
+      check_list(op, delta_name("delta_v_scale", index), *delta.v_scale, {v_scales}, input.scalar_type(), input);
     }
   }
 }

@@ -1,7 +1,8 @@
 // The products of moe_forward on the CPU: bases on their rows, deltas on their experts' rows, through ATen's GEMMs.
 //
 // Error: each product is accumulated in float32 and rounded once to the dtype of the forward, as an eager linear would
-// (a delta twice: V x, then U (V x)); the sums of products are taken in float32 and rounded once.
+// (a delta twice: V x, then U (V x)); the sums of products are taken in float32 and rounded once. Factors of eight bits
+// are rounded once more, when they become the dtype of the forward.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -9,23 +10,42 @@
 #include <numeric>
 
 #include "kernels/column_select.h"
+#include "kernels/dequantise_rows.h"
 #include "kernels/gather_rows.h"
 #include "ops/matmul.h"
 #include "ops/moe_forward.h"
 
 namespace d2moe {
 
+namespace {
+
+// scales[i] * rows[i]: one expert's factor, the only one of its delta that is held in the dtype of the forward.
+at::Tensor dequantise(const at::Tensor& rows, const at::Tensor& scales) {
+  const at::Tensor out = at::empty(rows.sizes(), scales.options());
+  const kernels::ElementType type = element_type_of(scales);
+  parallel_rows(rows.size(0), rows.size(1), [&](int64_t begin, int64_t end) {
+    kernels::dequantise_rows(rows.const_data_ptr<int8_t>(), scales.const_data_ptr(), type, begin, end, rows.size(1),
+                             out.mutable_data_ptr());
+  });
+  return out;
+}
+
+}  // namespace
+
 at::Tensor Delta::u_of(int64_t expert) const {
-  return u.narrow(0, u_start.const_data_ptr<int32_t>()[expert], rank_of(expert));
+  const int64_t start = u_start.const_data_ptr<int32_t>()[expert];
+  const at::Tensor rows = u.narrow(0, start, rank_of(expert));
+  return u_scale.has_value() ? dequantise(rows, u_scale->narrow(0, start, rank_of(expert))) : rows;
 }
 
 at::Tensor Delta::v_of(int64_t expert) const {
+  const int64_t rank = rank_of(expert);
   const int64_t start = v_start.const_data_ptr<int32_t>()[expert];
-  if (!pivots.has_value()) {
-    return v.narrow(0, start, rank_of(expert));
-  }
-  const int64_t columns = in_features() - rank_of(expert);
-  return v.view({-1}).narrow(0, start, rank_of(expert) * columns).view({rank_of(expert), columns});
+  const int64_t columns = in_features() - rank;
+  const at::Tensor rows = pivots.has_value() ? v.view({-1}).narrow(0, start, rank * columns).view({rank, columns})
+                                             : v.narrow(0, start, rank);
+  const int64_t scale_start = pivots.has_value() ? u_start.const_data_ptr<int32_t>()[expert] : start;
+  return v_scale.has_value() ? dequantise(rows, v_scale->narrow(0, scale_start, rank)) : rows;
 }
 
 const int32_t* Delta::pivots_of(int64_t expert) const {
@@ -51,6 +71,12 @@ std::vector<Delta> with_contiguous_lists(std::vector<Delta> deltas) {
     if (delta.pivots.has_value()) {
       delta.pivots = delta.pivots->contiguous();
       delta.v = delta.v.contiguous();
+    }
+    if (delta.u_scale.has_value()) {
+      delta.u = delta.u.contiguous();
+      delta.v = delta.v.contiguous();
+      delta.u_scale = delta.u_scale->contiguous();
+      delta.v_scale = delta.v_scale->contiguous();
     }
   }
   return deltas;

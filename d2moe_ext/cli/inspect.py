@@ -52,7 +52,10 @@ def describe(directory: Path, trust_remote_code: bool = False) -> dict[str, Any]
         "compression": compressed.compression,
         "parameters": sum(math.prod(info.shape) for info in infos.values()),
         "bytes_on_disk": common.weight_bytes(directory),
-        "layers": [_layer(name, module, rank_lists) for name, module in modules.items()],
+        "layers": [
+            _layer(name, module, rank_lists) | {"bytes": _stored_bytes(name, in_files, infos)}
+            for name, module in modules.items()
+        ],
     }
 
 
@@ -82,6 +85,13 @@ def _layer(name: str, module: D2MoEExperts, ranks: dict[str, list[int]]) -> dict
         "down_kept": spec.down.kept,
         "down_keep": spec.down.keep,
         "gauge_fixed": spec.gauge_fixed,
+        "factor_dtype": spec.factor_dtype,
         "ranks": {delta: ranks[f"{name}.{delta}_delta_rank"] for delta in spec.delta_order},
         "parameters": sum(tensor.numel() for tensor in module.state_dict().values()),
     }
+
+
+def _stored_bytes(layer: str, in_files: dict[str, str], infos: dict[str, TensorInfo]) -> int:
+    """Of a layer's tensors, without the files' headers."""
+    stored = [infos[file_name] for name, file_name in in_files.items() if name.startswith(f"{layer}.")]
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in stored if not isinstance(info.dtype, str))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from d2moe_ext.cli.common import Dtype
-from d2moe_ext.config import Count, Decomposition, Merge, Preset, Ranks
+from d2moe_ext.config import Count, Decomposition, FactorDtype, Merge, Preset, Ranks
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory or its name on the hub.")]
 RatioOption = Annotated[float, typer.Option(help="Parameters to remove, as a share of the whole model's.")]
@@ -31,6 +31,9 @@ JointOption = Annotated[
 GaugeOption = Annotated[
     bool | None,
     typer.Option("--gauge-fixed/--whole-factors", help="Leave an identity out of each stored V, or store factors whole."),
+]
+FactorDtypeOption = Annotated[
+    FactorDtype | None, typer.Option(help="Store the deltas' factors in the model's dtype, or in eight bits.")
 ]
 AlternationsOption = Annotated[int | None, typer.Option(help="How often bases are refitted to the truncated deltas.")]
 DynamicPruningOption = Annotated[

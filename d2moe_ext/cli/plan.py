@@ -12,6 +12,7 @@ from d2moe_ext.cli.options import (
     BasesOption,
     CountOption,
     DtypeOption,
+    FactorDtypeOption,
     GaugeOption,
     JointOption,
     JsonOption,
@@ -33,6 +34,7 @@ def plan_command(
     count: CountOption = "stored",
     joint_gate_up: JointOption = None,
     gauge_fixed: GaugeOption = None,
+    factor_dtype: FactorDtypeOption = None,
     num_bases: BasesOption = 1,
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -52,6 +54,7 @@ def plan_command(
         count=count,
         joint_gate_up=joint_gate_up,  # type: ignore[arg-type]  # None takes the preset's
         gauge_fixed=gauge_fixed,  # type: ignore[arg-type]
+        factor_dtype=factor_dtype,  # type: ignore[arg-type]
         num_bases=num_bases,
     )
     plan = _plan(common.load_config(model, trust_remote_code), config, dtype, trust_remote_code)

@@ -40,6 +40,8 @@ def moe_forward(
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
     delta_pivots: Sequence[Tensor],
+    delta_u_scale: Sequence[Tensor],
+    delta_v_scale: Sequence[Tensor],
     activation: str,
     interleaved: bool,
 ) -> Tensor:
@@ -77,6 +79,11 @@ def moe_forward(
             gauge-fixed: columns ``p = delta_pivots[u_start : u_start + rank]`` of ``V[e]``, which ascend, are an identity
             and not stored, and the other columns, ``[rank, in - rank]`` row by row, are the ``rank * (in - rank)``
             elements of ``delta_v`` (read as one flat list) from ``v_start`` on. ``V[e] x = x[p] + stored x[others]``.
+        delta_u_scale: none where factors are in the forward's dtype. Else one ``[R_u]`` in the forward's dtype for each
+            delta, whose ``delta_u`` and ``delta_v`` are then int8: row i of ``delta_u`` is ``delta_u_scale[i]`` times what
+            is stored.
+        delta_v_scale: as many: one ``[R_v]`` for the rows of ``delta_v``, or where there are pivots one ``[R_u]``, which
+            holds the scales of ``V[e]`` at ``u_start : u_start + rank`` (of what is stored; the identity has none).
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu2"``.
         interleaved: whether gate_up's rows are gate0, up0, gate1, up1, ... instead of ``[gate; up]``; without a gate it
             means nothing.
@@ -111,6 +118,8 @@ def moe_forward(
         list(delta_u_start),
         list(delta_v_start),
         list(delta_pivots),
+        list(delta_u_scale),
+        list(delta_v_scale),
         activation,
         interleaved,
     )
@@ -131,13 +140,14 @@ def moe_gate_up_forward(
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
     delta_pivots: Sequence[Tensor],
+    delta_u_scale: Sequence[Tensor],
+    delta_v_scale: Sequence[Tensor],
 ) -> Tensor:
     """Gate and up of every (token, expert) pair: the first half of :func:`moe_forward`, up to the activation.
 
     Args:
         hidden_states ... gate_up_bias: as in :func:`moe_forward`.
-        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots: as in :func:`moe_forward` without down's:
-            (gate, up), or one over all R rows, or none.
+        delta_u ... delta_v_scale: as in :func:`moe_forward` without down's: (gate, up), or one over all R rows, or none.
 
     Returns:
         ``[T * k, R]`` in the dtype of ``hidden_states``: row ``t * k + slot``; rows of ids that are no expert are 0.
@@ -160,6 +170,8 @@ def moe_gate_up_forward(
         list(delta_u_start),
         list(delta_v_start),
         list(delta_pivots),
+        list(delta_u_scale),
+        list(delta_v_scale),
     )
 
 
@@ -179,6 +191,8 @@ def moe_down_forward(
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
     delta_pivots: Sequence[Tensor],
+    delta_u_scale: Sequence[Tensor],
+    delta_v_scale: Sequence[Tensor],
     per_pair: bool,
 ) -> Tensor:
     """Down and the weighted sum over a token's experts: the second half of :func:`moe_forward`, after the activation.
@@ -186,7 +200,7 @@ def moe_down_forward(
     Args:
         activated: ``[T * k, I]``, h of each pair in row ``t * k + slot``; rows of ids that are no expert are not read.
         top_k_index, top_k_weights, down_base ... down_bias: as in :func:`moe_forward`.
-        delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, delta_pivots: down's alone, or none.
+        delta_u ... delta_v_scale: down's alone, or none.
         per_pair: True leaves out the weights and the sum, for models with a norm after each expert. The base is
             then multiplied once per pair, and its dynamic scores are taken on the pairs' rows.
 
@@ -212,6 +226,8 @@ def moe_down_forward(
         list(delta_u_start),
         list(delta_v_start),
         list(delta_pivots),
+        list(delta_u_scale),
+        list(delta_v_scale),
         per_pair,
     )
 

@@ -14,6 +14,7 @@ experts are accumulated in float32 at least.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ def moe_forward(
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
     delta_pivots: Sequence[Tensor],
+    delta_u_scale: Sequence[Tensor],
+    delta_v_scale: Sequence[Tensor],
     activation: str,
     interleaved: bool,
 ) -> Tensor:
@@ -72,6 +75,8 @@ def moe_forward(
         delta_u_start[:-1],
         delta_v_start[:-1],
         delta_pivots[:-1],
+        delta_u_scale[:-1],
+        delta_v_scale[:-1],
     )
     intermediate_size = delta_v[-1].shape[1] if delta_v else down_base.shape[2]
     activated = gated_activation(gate_up, activation, interleaved, gated=gate_up.shape[1] != intermediate_size)
@@ -91,6 +96,8 @@ def moe_forward(
         delta_u_start[-1:],
         delta_v_start[-1:],
         delta_pivots[-1:],
+        delta_u_scale[-1:],
+        delta_v_scale[-1:],
         per_pair=False,
     )
 
@@ -110,6 +117,8 @@ def moe_gate_up_forward(
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
     delta_pivots: Sequence[Tensor],
+    delta_u_scale: Sequence[Tensor],
+    delta_v_scale: Sequence[Tensor],
 ) -> Tensor:
     """Gate and up of every (token, expert) pair, ``[T * k, R]``; as in :func:`d2moe_ext.ops.moe_gate_up_forward`."""
     num_experts, top_k = gate_up_expert_to_base.numel(), top_k_index.shape[1]
@@ -122,8 +131,8 @@ def moe_gate_up_forward(
         norms = None if gate_up_column_norms is None else gate_up_column_norms[base]
         product = _base_product(hidden_states[tokens], gate_up_base[base], columns, norms, gate_up_keep)
         gate_up.index_copy_(0, pairs, product[row_of_pair])
-    pivots: Sequence[Tensor | None] = delta_pivots or [None] * len(delta_u)
-    deltas = list(zip(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, pivots, strict=True))
+    optional = (delta_pivots, delta_u_scale, delta_v_scale)
+    deltas = _deltas(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, *optional)
     for expert in range(num_experts if deltas or gate_up_bias is not None else 0):
         pairs = (expert_of == expert).nonzero().flatten()
         if pairs.numel() == 0:
@@ -164,6 +173,8 @@ def moe_down_forward(
     delta_u_start: Sequence[Tensor],
     delta_v_start: Sequence[Tensor],
     delta_pivots: Sequence[Tensor],
+    delta_u_scale: Sequence[Tensor],
+    delta_v_scale: Sequence[Tensor],
     per_pair: bool,
 ) -> Tensor:
     """Down and the weighted sum, ``[T, H]``, or ``[T * k, H]`` per pair; as :func:`d2moe_ext.ops.moe_down_forward`."""
@@ -188,8 +199,8 @@ def moe_down_forward(
         norms = None if down_column_norms is None else down_column_norms[base]
         product = _base_product(summed, down_base[base], columns, norms, down_keep)
         output.index_add_(0, rows, product.to(accumulate))
-    pivots: Sequence[Tensor | None] = delta_pivots or [None] * len(delta_u)
-    deltas = list(zip(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, pivots, strict=True))
+    optional = (delta_pivots, delta_u_scale, delta_v_scale)
+    deltas = _deltas(delta_u, delta_v, delta_rank, delta_u_start, delta_v_start, *optional)
     for expert in range(down_expert_to_base.numel() if deltas or down_bias is not None else 0):
         pairs = (expert_of == expert).nonzero().flatten()
         if pairs.numel() == 0:
@@ -228,6 +239,12 @@ def _base_product(x: Tensor, weight: Tensor, columns: Tensor | None, column_norm
     return functional.linear(x, weight)
 
 
+def _deltas(delta_u: Sequence[Tensor], *parts: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """The arguments of :func:`_delta_product` for each delta; None for a part of which there are none."""
+    none: list[Any] = [None] * len(delta_u)
+    return list(zip(delta_u, *(part or none for part in parts), strict=True))
+
+
 def _delta_product(
     x: Tensor,
     expert: int,
@@ -237,16 +254,24 @@ def _delta_product(
     u_start: Tensor,
     v_start: Tensor,
     pivots: Tensor | None,
+    u_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     """``x V[e].T U[e].T`` with expert e's rows ``start : start + rank`` of the stacked factors.
 
-    With pivots p, ``V[e] x = x[p] + stored x[others]``: its columns p are an identity (:mod:`d2moe_ext.gauge`).
+    With pivots p, ``V[e] x = x[p] + stored x[others]``: its columns p are an identity (:mod:`d2moe_ext.gauge`). With
+    scales, a row of a factor is its scale times what is stored (:mod:`d2moe_ext.quantise`).
     """
     r, u, v = int(rank[expert]), int(u_start[expert]), int(v_start[expert])
-    factor_u = delta_u[u : u + r]
+    factor_u = _scaled(delta_u[u : u + r], u_scale, u)
     if pivots is None:
-        return functional.linear(x, delta_v[v : v + r]) @ factor_u
+        return functional.linear(x, _scaled(delta_v[v : v + r], v_scale, v)) @ factor_u
     identity = pivots[u : u + r].long()
     others = torch.ones(x.shape[1], dtype=torch.bool, device=x.device).index_fill(0, identity, False).nonzero().flatten()
-    rest = delta_v.reshape(-1)[v : v + r * others.numel()].view(r, others.numel())
+    rest = _scaled(delta_v.reshape(-1)[v : v + r * others.numel()].view(r, others.numel()), v_scale, u)
     return (x[:, identity] + functional.linear(x[:, others], rest)) @ factor_u
+
+
+def _scaled(rows: Tensor, scale: Tensor | None, start: int) -> Tensor:
+    """``scale[start + i] * rows[i]``; the rows themselves where they are floating."""
+    return rows if scale is None else scale[start : start + len(rows), None] * rows

@@ -30,4 +30,5 @@ PACKAGE: dict[str, Method] = {
     "uniform ranks": _around(ranks="uniform"),
     "2 bases": _around(num_bases=2),
     "sequential": _around(sequential=True),
+    "8-bit factors": _around(factor_dtype="int8"),
 }

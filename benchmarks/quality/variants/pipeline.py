@@ -125,7 +125,7 @@ class Study:
 
     def uniform_ranks(self) -> Sizes:
         """The package's plan for the floats that are left."""
-        bare = [without_deltas(shapes, self.config) for shapes in self.shapes.layers]
+        bare = [without_deltas(shapes, self.config, FLOAT_BYTES) for shapes in self.shapes.layers]
         least = self.shapes.other_parameters + sum(layer.parameters("stored") for layer in bare)
         # The half keeps the rounding of 1 - ratio from losing a whole parameter.
         ratio = 1 - (least + self.floats_left + 0.5) / self.shapes.total_parameters
