@@ -1,5 +1,6 @@
 """The compressor: what it merges, keeps, whitens and stores, and what it refuses."""
 
+import importlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -362,3 +363,21 @@ def test_a_failure_to_factor_names_the_operator(calibrated):
     with pytest.raises(RuntimeError, match="whitened_svd: gram must be positive semi-definite"):
         compress_experts(twin, replace(stats, layers={**stats.layers, name: broken}), paper_config(0.3))
     assert not any(isinstance(m, D2MoEExperts) for m in twin.modules())
+
+
+def test_the_least_sparse_base_within_a_tenth_of_the_least_error_is_taken(calibrated, monkeypatch):
+    model, stats = calibrated
+    module = importlib.import_module("d2moe_ext.compress")
+    errors = {0.0: 1.2, 0.2: 1.09, 0.4: 1.05, 0.6: 1.0, 0.9: 1.02}
+
+    class Predicted(module._ModelCompressor):
+        def choose_ranks(self, stage):
+            return errors[self.plan.config.base_sparsity]
+
+    monkeypatch.setattr(module, "_ModelCompressor", Predicted)
+    shapes, tokens = model_shapes(model), [layer.tokens.tolist() for layer in stats.layers.values()]
+    config = paper_config(0.3, alternations=0, base_sparsity=None)
+    arguments = (find_experts(model), stats, replace(config, base_sparsity=None), shapes, tokens, lambda *progress: None)
+    assert module._choose_base_sparsity(*arguments) == 0.2
+    errors[0.2] = 1.11
+    assert module._choose_base_sparsity(*arguments) == 0.4

@@ -60,12 +60,14 @@ def test_any_product_stays_what_it_is(case: str, out: int, rank: int, inputs: in
 
 
 def test_large_entries_are_exchanged_for_pivots() -> None:
-    """Partial pivoting alone leaves entries of 2 ** (n - 1) on this matrix, which is why it is in every textbook."""
+    """Partial pivoting takes the first columns, as none of the others is larger on the way, and leaves large entries."""
     n = 12
-    growth = torch.eye(n, dtype=torch.float64) - torch.ones(n, n, dtype=torch.float64).tril(-1)
-    growth[:, -1] = 1
-    v = torch.cat([growth.T, torch.linalg.inv(growth).T.fliplr() + 0.5, torch.ones(n, 5, dtype=torch.float64)], dim=1)
+    lower = torch.eye(n, dtype=torch.float64) - 0.99 * torch.ones(n, n, dtype=torch.float64).tril(-1)
+    others = torch.full((5, n), -0.95, dtype=torch.float64) * torch.linspace(0.9, 1, 5, dtype=torch.float64)[:, None]
+    v = torch.cat([lower, others]).T
+    assert float(torch.linalg.solve(lower.T, others.T).abs().max()) > 100
     fixed = fix_gauge(torch.eye(n, dtype=torch.float64), v)
+    assert fixed.pivots.tolist() != list(range(n))
     assert float(fixed.rest.abs().max()) <= LARGEST_ENTRY * (1 + 1e-9)
     torch.testing.assert_close(fixed.u @ whole_v(fixed, v.shape[1]), v, rtol=1e-10, atol=1e-10)
 
