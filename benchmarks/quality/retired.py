@@ -1,4 +1,4 @@
-"""Ideas that did not help and whose code is gone: their rows stay in the results.
+"""Ideas that did not help, or less than an option that stayed, and whose code is gone: their rows stay in the results.
 
 They were measured on 2026-11-25 on the default as it was then, *former default*: factors stored whole, and base sparsities
 told apart by 6 % of predicted error. The history of this folder before that day's end holds their code.
