@@ -76,10 +76,6 @@ class FactorCost:
         """Pivots of all experts."""
         return sum(ranks) if self.gauge_fixed else 0
 
-    def scales(self, ranks: Sequence[int]) -> int:
-        """Scales of all experts."""
-        return 2 * sum(ranks) if self.int8_per_parameter else 0
-
     def rank_at(self, share: float) -> float:
         """The rank, not rounded, whose cost is a share of the delta's elements; the largest where that costs less."""
         allowed = share * self.out * self.inputs * self.per_parameter

@@ -17,10 +17,6 @@ import torch
 from torch import Tensor
 
 LARGEST_ENTRY = 2.0
-# Components that are smaller than this next to the largest one, and what rows of V add to the rows before them, are
-# left out: roundoff, for factors that were found in float64.
-_NEGLIGIBLE = 1e-12
-_DEPENDENT = 1e-10
 
 
 class GaugeFixed(NamedTuple):
@@ -40,6 +36,9 @@ class GaugeFixed(NamedTuple):
 def fix_gauge(u: Tensor, v: Tensor) -> GaugeFixed:
     """The gauge-fixed form of ``u @ v``.
 
+    With ``Vᵀ = L R`` by LU with partial pivoting, L1 the rows of L at the pivots and L2 the others, ``V[:, others]`` is
+    ``V[:, P] (L2 L1⁻¹)ᵀ``: also where rows of V depend on one another, so that A has no inverse.
+
     Args:
         u: ``[out, r]`` float64.
         v: ``[r, in]`` float64, ``r <= in``; its rows may depend on one another, or be 0.
@@ -50,15 +49,20 @@ def fix_gauge(u: Tensor, v: Tensor) -> GaugeFixed:
     rank, inputs = v.shape
     if rank > inputs:
         raise ValueError(f"fix_gauge: the rank must be at most the {inputs} columns of v, got {rank}.")
-    rows = _independent_rows(u, v)
-    pivots, others, coefficients = _pivots(rows)
-    # What the independent rows leave of the rank goes to columns whose rows of V are 0 elsewhere: u alone serves them.
-    spare = rank - len(rows)
-    extra = others[:spare]
-    chosen, left = torch.cat([pivots, extra]), others[spare:]
-    rest = torch.cat([coefficients[spare:].T, coefficients.new_zeros(spare, len(left))])
-    order, columns = chosen.argsort(), left.argsort()
-    return GaugeFixed(u @ v[:, chosen[order]], rest[order][:, columns], chosen[order])
+    places = list(range(inputs))
+    coefficients = v.new_zeros(inputs, 0)
+    if rank:
+        factors, swaps, _ = torch.linalg.lu_factor_ex(v.T)
+        for place, other in enumerate(swaps.tolist()):
+            places[place], places[other - 1] = places[other - 1], places[place]
+        coefficients = torch.linalg.solve_triangular(
+            factors[:rank], factors[rank:], upper=False, left=False, unitriangular=True
+        )
+    chosen = torch.tensor(places, device=v.device)
+    pivots, others = chosen[:rank], chosen[rank:]
+    _exchange(pivots, others, coefficients)
+    order, columns = pivots.argsort(), others.argsort()
+    return GaugeFixed(u @ v[:, pivots[order]], coefficients.T[order][:, columns], pivots[order])
 
 
 def with_identity(rest: Tensor, pivots: Tensor) -> Tensor:
@@ -70,38 +74,6 @@ def with_identity(rest: Tensor, pivots: Tensor) -> Tensor:
     v[:, others] = rest
     v[torch.arange(rank, device=rest.device), pivots] = 1.0
     return v
-
-
-def _independent_rows(u: Tensor, v: Tensor) -> Tensor:
-    """V's rows at unit length, ``[q, in]``, without those that add nothing to the product or to the rows before them."""
-    lengths = torch.linalg.vector_norm(v, dim=1)
-    weights = torch.linalg.vector_norm(u, dim=0) * lengths
-    alive = weights > _NEGLIGIBLE * weights.max() if len(v) else weights > 0
-    rows = v[alive] / lengths[alive][:, None]
-    while len(rows):
-        diagonal = torch.linalg.lu_factor_ex(rows.T)[0].diagonal().abs()
-        independent = diagonal > _DEPENDENT * diagonal.max()
-        if bool(independent.all()):
-            break
-        rows = rows[independent]
-    return rows
-
-
-def _pivots(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns ``P [q]`` and all others ``[in - q]`` of ``rows [q, in]``, and ``(A⁻¹ rows)[:, others].T``."""
-    count, inputs = rows.shape
-    order = torch.arange(inputs, device=rows.device)
-    if not count:
-        return order[:0], order, rows.new_zeros(inputs, 0)
-    factors, swaps = torch.linalg.lu_factor(rows.T)
-    places = list(range(inputs))
-    for place, other in enumerate(swaps.tolist()):
-        places[place], places[other - 1] = places[other - 1], places[place]
-    order = torch.tensor(places, device=rows.device)
-    coefficients = torch.linalg.solve_triangular(factors[:count], factors[count:], upper=False, left=False, unitriangular=True)
-    pivots, others = order[:count], order[count:]
-    _exchange(pivots, others, coefficients)
-    return pivots, others, coefficients
 
 
 def _exchange(pivots: Tensor, others: Tensor, coefficients: Tensor) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from d2moe_ext.adapters import ExpertsLayout
+from d2moe_ext.config import FactorDtype
 
 GROUPS = ("gate_up", "down")
-FACTOR_DTYPES = ("model", "int8")
 # Gauge-fixed V's start at an element, counted in int32.
 _LARGEST_START = 2**31 - 1
 _DELTA_ORDER = ("gate", "up", "gate_up", "down")
@@ -85,8 +85,10 @@ class ExpertsSpec:
             raise ValueError(
                 f"ExpertsSpec: down.kept must be {self.layout.intermediate_size} without deltas, got {self.down.kept}"
             )
-        if self.factor_dtype not in FACTOR_DTYPES:
-            raise ValueError(f"ExpertsSpec: factor_dtype must be one of {list(FACTOR_DTYPES)}, got {self.factor_dtype!r}")
+        if self.factor_dtype not in get_args(FactorDtype):
+            raise ValueError(
+                f"ExpertsSpec: factor_dtype must be one of {list(get_args(FactorDtype))}, got {self.factor_dtype!r}"
+            )
         for name, delta in self.deltas.items():
             if delta.u_rows < 0 or delta.v_rows < 0:
                 raise ValueError(f"ExpertsSpec: deltas.{name} must have rows >= 0, got {delta.u_rows} and {delta.v_rows}")

@@ -111,6 +111,20 @@ def test_what_a_full_rank_leaves_goes_to_the_other_deltas():
     assert equal_share([FactorCost(40, 40, False)] * 3, 1200) == pytest.approx(1200 / 4800)
 
 
+def test_what_fills_up_the_last_row_leaves_no_expert_without_its_share():
+    """A budget of rank 48 for every expert, to the parameter, but for what fills up each V's last row."""
+    config = paper_config(0.4, base_sparsity=0.0, gauge_fixed=True)
+    sizes = {"num_layers": 1, "num_experts": 3, "hidden": 200, "inter": 200}
+    bare = small(**sizes, other=0)
+    cost = FactorCost(200, 200, True)
+    assert cost.elements([48] * 3) + cost.indices([48] * 3) > 3 * cost.of(48)
+    stored = without_deltas(bare.layers[0], config, 2).parameters("stored") + 9 * cost.of(48)
+    ratio = 1 - (stored + 0.5) / bare.total_parameters
+    ranks = plan_compression(bare, replace(config, ratio=ratio)).layers[0].ranks
+    every = [rank for each in ranks.values() for rank in each]
+    assert 40 <= min(every) <= max(every) == 48
+
+
 def test_gauge_fixed_factors_buy_higher_ranks():
     model = small()
     plans = {fixed: plan_compression(model, paper_config(0.4, gauge_fixed=fixed)) for fixed in (False, True)}

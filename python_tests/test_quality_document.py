@@ -25,6 +25,7 @@ from benchmarks.quality.forward import CONTENDERS, forward_table, forward_times,
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.remarks import ahead_of_default, lowest, steps
 from benchmarks.quality.results import Results
+from benchmarks.quality.retired import FORMER_DEFAULT
 from benchmarks.quality.summary import Summary, mean_of
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.calibration import calibrate
@@ -269,6 +270,13 @@ def test_parts_hold_what_the_study_asks_for():
     assert {0.4, 0.5, 0.6, 0.7, 0.75} <= set(PARTS["default"].ratios)
     for part in PARTS.values():
         assert len(set(part.lines)) == len(part.lines) == len({line.name for line in part.lines})
+
+
+def test_rows_of_retired_methods_stand_in_the_page(tmp_path):
+    rows = [plain_row("alpha"), row(key("alpha", FORMER_DEFAULT), 0.25, 0.5), row(key("alpha", "refit U"), 0.75, 0.5)]
+    page = document.document(summary_of(tmp_path, rows))
+    assert "| refit U | 0.7500 |" in page
+    assert "Least rise on alpha, in domain: former default at 0.6 (0.5000 below refit U)." in page
 
 
 # figures

@@ -76,13 +76,14 @@ class Laboratory:
         self._batches = lru_cache(maxsize=2)(self._tokens)
         self._judging: dict[str, dict[str, Tensor]] = {}
         self.blanks: list[Key] = []
+        weights = _digest(model)
         for judge in judges:
             judging = {"in": domain_text(sources, judge), "out": outside_text(sources, judge)}
             self._judging[judge] = {name: self._first_tokens(text) for name, text in judging.items()}
             self.blanks.append(
                 Key(
                     model=model.resolve().name,
-                    weights=_digest(model),
+                    weights=weights,
                     method=UNCOMPRESSED,
                     version=1,
                     ratio=0.0,

@@ -16,7 +16,7 @@ def _around(**options: Any) -> Method:
     return package_method(version=2, **options)
 
 
-PACKAGE: dict[str, Method] = {
+BEYOND: dict[str, Method] = {
     "whole factors": _around(gauge_fixed=False),
     "full left Gram": _around(left_gram="full"),
     "zero base": _around(base_sparsity=NO_BASE),
