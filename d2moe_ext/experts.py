@@ -32,6 +32,9 @@ from d2moe_ext.spec import GROUPS, DeltaSpec, ExpertsSpec, GroupSpec, delta_name
 __all__ = ["D2MoEExperts", "DeltaSpec", "ExpertsSpec", "GroupSpec", "UncompressedExperts", "delta_names"]
 
 
+Backend = Literal["torch", "native"]
+
+
 class _Operators(NamedTuple):
     moe_forward: Callable[..., Tensor]
     moe_gate_up_forward: Callable[..., Tensor]
@@ -59,7 +62,7 @@ class D2MoEExperts(nn.Module):
         device: of all tensors; they are zeros until filled or loaded.
 
     Attributes:
-        backend: ``"torch"``, the differentiable reference, or ``"native"``, the operators (set by ``patch_model``).
+        backend: ``"torch"``, the differentiable reference, or ``"native"``, the operators; see :meth:`set_backend`.
         dynamic: False multiplies all stored columns instead of the best ``keep`` for the batch at hand.
 
     Raises:
@@ -76,7 +79,7 @@ class D2MoEExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.backend: Literal["torch", "native"] = "torch"
+        self.backend: Backend = "torch"
         self.dynamic = True
         self._take_gating(gating)
         layout = spec.layout
@@ -124,6 +127,20 @@ class D2MoEExperts(nn.Module):
         super()._apply(fn, recurse)
         self.refresh_column_norms()
         return self
+
+    def set_backend(self, backend: Backend) -> None:
+        """Choose what runs the forward, and lay the bases out for it.
+
+        The native operators read a base that is pruned by the batch channel by channel (``stride(1) == 1``), so that what
+        is not multiplied is not read either; everything else is read as it stands in the file. Shapes and values stay.
+        """
+        for group in GROUPS:
+            if self._group(group).keep == self._group(group).kept:
+                continue
+            base: nn.Parameter = getattr(self, f"{group}_base")
+            by_channel = base.detach().transpose(1, 2)
+            base.data = by_channel.contiguous().transpose(1, 2) if backend == "native" else base.detach().contiguous()
+        self.backend = backend
 
     @property
     def prunes_dynamically(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,10 +12,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from d2moe_ext.adapters import find_experts, restore
 from d2moe_ext.checkpoint import read_compressed_layers, read_tensors, tensor_infos, weight_files
-from d2moe_ext.experts import D2MoEExperts, UncompressedExperts
+from d2moe_ext.experts import Backend, D2MoEExperts, UncompressedExperts
 from d2moe_ext.hf.quantizer import check_files, compressed_modules, mark_compressed, unmark_compressed, views_of
 
-Backend = Literal["torch", "native"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -70,7 +69,7 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
         patch = _wrap_plain(model)
     for module in model.modules():
         if isinstance(module, D2MoEExperts):
-            module.backend = backend
+            module.set_backend(backend)
     # In __dict__: what is kept must not count as part of the model.
     model.__dict__["_d2moe_patch"] = patch
     return model
@@ -90,7 +89,7 @@ def unpatch_model(model: Model) -> Model:
     if patch.marked:
         unmark_compressed(model, patch.weight_conversions)
     for module in compressed_modules(model).values():
-        module.backend = "torch"
+        module.set_backend("torch")
     return model
 
 
