@@ -15,10 +15,9 @@
 namespace d2moe::kernels {
 
 // squares[j] += sum over rows of X[row, j]^2, for column_begin <= j < column_end. The caller zeroes `squares`.
-// X[row, j] stands at hidden_states[row * row_stride + j] (strides count elements). `rows` lists the rows to read,
-// num_rows of them; nullptr means rows 0 to num_rows - 1.
-void accumulate_column_squares(const void* hidden_states, ElementType type, int64_t row_stride, const int64_t* rows,
-                               int64_t num_rows, int64_t column_begin, int64_t column_end, double* squares);
+// rows [num_rows] point to the elements of X's rows.
+void accumulate_column_squares(const void* const* rows, ElementType type, int64_t num_rows, int64_t column_begin,
+                               int64_t column_end, double* squares);
 
 // scores[j] = column_norms[j] * sqrt(squares[columns[j]]); columns == nullptr means columns[j] == j.
 // Every columns[j] must be a valid index into `squares`.

@@ -1,9 +1,9 @@
 #include "kernels/gated_activation.h"
 
 #include <cmath>
-#include <vector>
 
-#include "kernels/round_element.h"
+#include "kernels/element_type.h"
+#include "kernels/vector_clones.h"
 
 namespace d2moe::kernels {
 
@@ -46,94 +46,57 @@ struct Relu2 {
   float operator()(float x) const { return x <= 0.0f ? 0.0f : x * x; }  // NaN stays NaN
 };
 
-template <typename Element>
-void add_row(const Element* row, int64_t width, float* __restrict__ sum) {
-  for (int64_t j = 0; j < width; ++j) {
-    sum[j] += to_float(row[j]);
+// One function for each activation, so that each is compiled for every instruction set.
+#define D2MOE_DEFINE_ACTIVATION(name, Act)                                                                  \
+  D2MOE_VECTOR_CLONES void name##_separate(const float* gate_up, int64_t count, float scale, float* values) { \
+    for (int64_t j = 0; j < count; ++j) {                                                                   \
+      values[j] = scale * (Act()(gate_up[j]) * gate_up[count + j]);                                         \
+    }                                                                                                       \
+  }                                                                                                         \
+  D2MOE_VECTOR_CLONES void name##_interleaved(const float* gate_up, int64_t count, float scale, float* values) { \
+    for (int64_t j = 0; j < count; ++j) {                                                                   \
+      values[j] = scale * (Act()(gate_up[2 * j]) * gate_up[2 * j + 1]);                                     \
+    }                                                                                                       \
+  }                                                                                                         \
+  D2MOE_VECTOR_CLONES void name##_alone(int64_t count, float scale, float* values) {                        \
+    for (int64_t j = 0; j < count; ++j) {                                                                   \
+      values[j] = scale * Act()(values[j]);                                                                 \
+    }                                                                                                       \
   }
-}
 
-template <typename Element>
-void combine_row(const CombinedRows& rows, int64_t i, float* __restrict__ sum) {
-  const Element* base =
-      static_cast<const Element*>(rows.base) + (rows.base_rows[i] - rows.base_row_offset) * rows.width;
-  for (int64_t j = 0; j < rows.width; ++j) {
-    sum[j] = to_float(base[j]);
-  }
-  int64_t column = 0;
-  for (int delta = 0; delta < 2; ++delta) {
-    const int64_t width = rows.delta_widths[delta];
-    if (rows.deltas[delta] != nullptr) {
-      add_row(static_cast<const Element*>(rows.deltas[delta]) + i * width, width, sum + column);
-    }
-    column += width;
-  }
-  if (rows.bias != nullptr) {
-    add_row(static_cast<const Element*>(rows.bias), rows.width, sum);
-  }
-}
+D2MOE_DEFINE_ACTIVATION(silu, Silu)
+D2MOE_DEFINE_ACTIVATION(gelu, Gelu)
+D2MOE_DEFINE_ACTIVATION(gelu_tanh, GeluTanh)
+D2MOE_DEFINE_ACTIVATION(relu2, Relu2)
 
-template <typename Element, typename Act>
-void activate_row(const float* __restrict__ row, Act act, bool gated, bool interleaved, int64_t width,
-                  Element* __restrict__ output) {
-  const int64_t half = width / 2;
-  if (!gated) {
-    for (int64_t j = 0; j < width; ++j) {
-      output[j] = round_to<Element>(act(row[j]));
-    }
-  } else if (interleaved) {
-    for (int64_t j = 0; j < half; ++j) {
-      output[j] = round_to<Element>(act(row[2 * j]) * row[2 * j + 1]);
-    }
-  } else {
-    for (int64_t j = 0; j < half; ++j) {
-      output[j] = round_to<Element>(act(row[j]) * row[half + j]);
-    }
-  }
-}
-
-template <typename Act>
-void activate_rows(const CombinedRows& rows, Act act, bool gated, bool interleaved, int64_t row_begin, int64_t row_end,
-                   void* output) {
-  visit_forward_type(rows.type, [&](auto element) {
-    using Element = decltype(element);
-    const int64_t output_width = gated ? rows.width / 2 : rows.width;
-    std::vector<float> row(rows.width);
-    for (int64_t i = row_begin; i < row_end; ++i) {
-      combine_row<Element>(rows, i, row.data());
-      activate_row(row.data(), act, gated, interleaved, rows.width,
-                   static_cast<Element*>(output) + rows.output_rows[i] * output_width);
-    }
-  });
-}
+#undef D2MOE_DEFINE_ACTIVATION
 
 }  // namespace
 
-void combine_rows(const CombinedRows& rows, int64_t row_begin, int64_t row_end, void* output) {
-  visit_forward_type(rows.type, [&](auto element) {
-    using Element = decltype(element);
-    std::vector<float> row(rows.width);
-    for (int64_t i = row_begin; i < row_end; ++i) {
-      combine_row<Element>(rows, i, row.data());
-      Element* out = static_cast<Element*>(output) + rows.output_rows[i] * rows.width;
-      for (int64_t j = 0; j < rows.width; ++j) {
-        out[j] = round_to<Element>(row[j]);
-      }
-    }
-  });
-}
-
-void gated_activation(const CombinedRows& rows, Activation activation, bool gated, bool interleaved, int64_t row_begin,
-                      int64_t row_end, void* output) {
+void gated_activation(Activation activation, const float* gate_up, int64_t count, bool interleaved, float scale,
+                      float* values) {
   switch (activation) {
     case Activation::kSilu:
-      return activate_rows(rows, Silu(), gated, interleaved, row_begin, row_end, output);
+      return (interleaved ? silu_interleaved : silu_separate)(gate_up, count, scale, values);
     case Activation::kGelu:
-      return activate_rows(rows, Gelu(), gated, interleaved, row_begin, row_end, output);
+      return (interleaved ? gelu_interleaved : gelu_separate)(gate_up, count, scale, values);
     case Activation::kGeluTanh:
-      return activate_rows(rows, GeluTanh(), gated, interleaved, row_begin, row_end, output);
+      return (interleaved ? gelu_tanh_interleaved : gelu_tanh_separate)(gate_up, count, scale, values);
     case Activation::kRelu2:
-      return activate_rows(rows, Relu2(), gated, interleaved, row_begin, row_end, output);
+      return (interleaved ? relu2_interleaved : relu2_separate)(gate_up, count, scale, values);
+  }
+}
+
+void activation(Activation activation, int64_t count, float scale, float* values) {
+  switch (activation) {
+    case Activation::kSilu:
+      return silu_alone(count, scale, values);
+    case Activation::kGelu:
+      return gelu_alone(count, scale, values);
+    case Activation::kGeluTanh:
+      return gelu_tanh_alone(count, scale, values);
+    case Activation::kRelu2:
+      return relu2_alone(count, scale, values);
   }
 }
 

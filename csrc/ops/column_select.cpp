@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <cstddef>
 #include <tuple>
 #include <vector>
 
@@ -65,11 +66,15 @@ std::tuple<at::Tensor, at::Tensor> column_select_cpu(const at::Tensor& hidden_st
   check_arguments(hidden_states, column_norms, keep, columns);
   const int64_t num_tokens = hidden_states.size(0), in = hidden_states.size(1), num_columns = column_norms.size(0);
   const at::Tensor x = in > 1 && hidden_states.stride(1) == 1 ? hidden_states : hidden_states.contiguous();
+  std::vector<const void*> rows(num_tokens);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    rows[t] = static_cast<const std::byte*>(x.const_data_ptr()) + t * x.stride(0) * x.element_size();
+  }
   std::vector<double> squares(in, 0.0);
   at::parallel_for(0, in, std::max<int64_t>(64, kGrain / std::max<int64_t>(num_tokens, 1)),
                    [&](int64_t begin, int64_t end) {
-                     kernels::accumulate_column_squares(x.const_data_ptr(), element_type(x), x.stride(0), nullptr,
-                                                        num_tokens, begin, end, squares.data());
+                     kernels::accumulate_column_squares(rows.data(), element_type(x), num_tokens, begin, end,
+                                                        squares.data());
                    });
   at::Tensor scores = at::empty({num_columns}, column_norms.options());
   at::Tensor selected = at::empty({keep}, column_norms.options().dtype(at::kInt));

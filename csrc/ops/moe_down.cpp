@@ -1,146 +1,205 @@
 // The weighted half of moe_forward on the CPU:
 //
-//   y[t] = sum_b base[b] (sum_{e of b} g h[t, e]) + sum_e g (U[e] (V[e] h[t, e]) + bias[e])          [T, H]
+//   y[t] = sum_b base[b] (sum_{e of b} g h[t, e]) + sum_e (U[e] (V[e] g h[t, e]) + g bias[e])          [T, H]
 //
-// Down is linear, so the weighted sum is taken before the base, which is then multiplied once per (token, base). Where
-// each pair is alone on its base row that saves nothing: the base then multiplies h itself, and weights come last.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+// Down is linear, so weights come first: h is weighted when it is rounded, and all else adds up in float32 for a block of
+// tokens and outputs, rounded once. Where pairs share a base, their sum is rounded once more, as its input; V g h is, too.
+#include <algorithm>
+#include <optional>
+#include <utility>
 
-#include <numeric>
-
-#include "kernels/weighted_sum.h"
-#include "ops/matmul.h"
+#include "kernels/row_conversion.h"
+#include "ops/base_inputs.h"
 #include "ops/moe_forward.h"
+#include "ops/moe_products.h"
 
 namespace d2moe {
 
+using kernels::ElementType;
+
 namespace {
 
-struct DownInput {
-  const at::Tensor& activated;
-  const int64_t* activated_row;  // of pair p; nullptr: p
-  const kernels::MoeRouting& routing;
-  const float* weights;
+// Rows z of the bases: sums over a base row's pairs.
+class BaseSums {
+ public:
+  BaseSums(const kernels::MoeRouting& routing, Rows weighted, int64_t width, ElementType input_type)
+      : routing_(routing),
+        weighted_(weighted),
+        width_(width),
+        input_type_(input_type),
+        own_(routing.one_row_per_pair ? 0 : routing.base_row_begin.back(), width, input_type) {}
 
-  // The rows of `activated` that hold these pairs.
-  std::vector<int64_t> rows_of(const int64_t* pairs, int64_t num_pairs) const {
-    std::vector<int64_t> rows(pairs, pairs + num_pairs);
-    if (activated_row != nullptr) {
-      for (int64_t& row : rows) {
-        row = activated_row[row];
-      }
+  Rows rows() const { return routing_.one_row_per_pair ? weighted_ : own_; }
+
+  void add_blocks(BlockList& blocks, int64_t job) const {
+    if (!routing_.one_row_per_pair) {
+      blocks.add(job, routing_.base_row_begin.back(), width_);
     }
-    return rows;
   }
+
+  void run(const Block& block) const {
+    const Workspace::Frame frame(workspace());
+    const int64_t count = block.end - block.begin, offset = block.begin * size_of(input_type_);
+    float* sum = workspace().take<float>(count);
+    for (int64_t row = block.row_begin; row < block.row_end; ++row) {
+      std::fill_n(sum, count, 0.0f);
+      const int64_t pairs_end = (routing_.base_row_token[row] + 1) * routing_.top_k;
+      for (int64_t pair = routing_.base_row_pair[row]; pair < pairs_end; ++pair) {
+        if (routing_.base_row_of_pair[pair] == row) {
+          const auto* h = static_cast<const std::byte*>(weighted_[routing_.position_of_pair[pair]]);
+          kernels::add_row(h + offset, input_type_, 1.0f, nullptr, count, sum);
+        }
+      }
+      kernels::store_row(sum, count, input_type_, static_cast<std::byte*>(own_[row]) + offset);
+    }
+  }
+
+ private:
+  const kernels::MoeRouting& routing_;
+  const Rows weighted_;
+  const int64_t width_;
+  const ElementType input_type_;
+  const OwnRows own_;
 };
 
-// A run of consecutive rows is a view; anything else is gathered.
-at::Tensor rows_or_view(const at::Tensor& source, const std::vector<int64_t>& rows) {
-  const int64_t num_rows = static_cast<int64_t>(rows.size());
-  for (int64_t i = 0; i < num_rows; ++i) {
-    if (rows[i] != rows[0] + i) {
-      return gather(source, rows.data(), num_rows, nullptr, source.size(1));
+class WeightedDown {
+ public:
+  WeightedDown(const kernels::MoeRouting& routing, const float* weights, const BaseGroup& group, const Delta* delta,
+               const Projections* projections, const BaseInputs& inputs, const at::Tensor& output)
+      : routing_(routing),
+        weights_(weights),
+        group_(group),
+        delta_(delta),
+        projections_(projections),
+        inputs_(inputs),
+        type_(element_type_of(output)),
+        output_(static_cast<std::byte*>(output.mutable_data_ptr())) {}
+
+  void run() const {
+    BlockList blocks(1);
+    blocks.add(0, routing_.num_tokens, group_.out_features());
+    run_blocks(blocks.blocks(), [&](const Block& block) { sum(block); });
+  }
+
+ private:
+  void sum(const Block& block) const {
+    const Workspace::Frame frame(workspace());
+    const int64_t num_rows = block.row_end - block.row_begin, width = block.end - block.begin;
+    const Sums sums(num_rows, width);
+    float** out = workspace().take<float*>(num_rows * routing_.top_k);
+    add_bases(block, sums, out);
+    for (int64_t i = 0; i < routing_.num_experts; ++i) {
+      add_expert(block, i, sums, out);
+    }
+    for (int64_t m = 0; m < num_rows; ++m) {
+      const int64_t element = (block.row_begin + m) * group_.out_features() + block.begin;
+      kernels::store_row(sums.rows[m], width, type_, output_ + element * size_of(type_));
     }
   }
-  return source.narrow(0, rows[0], num_rows);
-}
 
-// sum over the base's experts of g h, at its kept columns (those selected, if it prunes dynamically).
-at::Tensor weighted_base_input(const DownInput& input, const BaseGroup& group, int64_t base, const int32_t* columns) {
-  const int64_t begin = input.routing.base_row_begin[base];
-  const int64_t num_rows = input.routing.base_row_begin[base + 1] - begin;
-  const at::Tensor sums = at::empty({num_rows, group.kept()}, input.activated.options());
-  parallel_rows(num_rows, group.kept(), [&](int64_t row_begin, int64_t row_end) {
-    kernels::sum_base_inputs(input.routing, input.activated.const_data_ptr(), element_type_of(sums),
-                             input.activated.stride(0), input.activated_row, input.weights, columns, group.kept(),
-                             begin + row_begin, begin + row_end, begin, sums.mutable_data_ptr());
-  });
-  if (!group.prunes_dynamically()) {
-    return sums;
+  // [first, last) of begin to end whose tokens, which ascend, are the block's.
+  template <typename TokenOf>
+  static std::pair<int64_t, int64_t> of_block(const Block& block, int64_t begin, int64_t end, TokenOf&& token_of) {
+    const auto first_from = [&](int64_t from, int64_t token) {
+      int64_t count = end - from;
+      while (count > 0) {
+        const int64_t half = count / 2;
+        if (token_of(from + half) < token) {
+          from += half + 1;
+          count -= half + 1;
+        } else {
+          count = half;
+        }
+      }
+      return from;
+    };
+    const int64_t first = first_from(begin, block.row_begin);
+    return {first, first_from(first, block.row_end)};
   }
-  std::vector<int64_t> rows(num_rows);
-  std::iota(rows.begin(), rows.end(), int64_t{0});
-  return gather_base_input(sums, rows.data(), num_rows, nullptr, group, base);
-}
 
-at::Tensor pair_base_input(const DownInput& input, const BaseGroup& group, int64_t base, const int32_t* columns) {
-  const int64_t begin = input.routing.base_row_begin[base];
-  const int64_t num_rows = input.routing.base_row_begin[base + 1] - begin;
-  const std::vector<int64_t> rows = input.rows_of(input.routing.base_row_pair.data() + begin, num_rows);
-  return columns == nullptr ? rows_or_view(input.activated, rows)
-                            : gather(input.activated, rows.data(), num_rows, columns, group.kept());
-}
-
-at::Tensor multiply_bases(const DownInput& input, const BaseGroup& group, bool weigh_input) {
-  const at::Tensor output =
-      at::empty({input.routing.base_row_begin.back(), group.out_features()}, input.activated.options());
-  for (int64_t base = 0; base < group.num_bases(); ++base) {
-    const int64_t begin = input.routing.base_row_begin[base];
-    const int64_t num_rows = input.routing.base_row_begin[base + 1] - begin;
-    if (num_rows == 0) {
-      continue;
-    }
-    const int32_t* columns =
-        group.columns.has_value() ? group.columns->const_data_ptr<int32_t>() + base * group.kept() : nullptr;
-    const at::Tensor x =
-        weigh_input ? weighted_base_input(input, group, base, columns) : pair_base_input(input, group, base, columns);
-    matmul_out(output.narrow(0, begin, num_rows), x, group.base.select(0, base).t());
-  }
-  return output;
-}
-
-// The deltas' outputs, only for the pairs whose expert has one: delta_row[p] is the row of pair p, or -1.
-at::Tensor multiply_deltas(const DownInput& input, const Delta& delta, std::vector<int64_t>& delta_row) {
-  const kernels::MoeRouting& routing = input.routing;
-  int64_t num_rows = 0;
-  for (int64_t i = 0; i < routing.num_experts; ++i) {
-    if (delta.rank_of(routing.expert_order[i]) > 0) {
-      for (int64_t position = routing.expert_begin[i]; position < routing.expert_begin[i + 1]; ++position) {
-        delta_row[routing.sorted_pair[position]] = num_rows++;
+  void add_bases(const Block& block, const Sums& sums, float** out) const {
+    for (int64_t base = 0; base < group_.num_bases(); ++base) {
+      if (routing_.base_row_begin[base] == routing_.base_row_begin[base + 1]) {
+        continue;
+      }
+      // Rows of one base ascend by token, unless they are the pairs of several experts: then expert by expert.
+      if (routing_.one_row_per_pair) {
+        for (int64_t i = routing_.base_expert_begin[base]; i < routing_.base_expert_begin[base + 1]; ++i) {
+          add_base_rows(block, base, routing_.expert_begin[i], routing_.expert_begin[i + 1], sums, out);
+        }
+      } else {
+        add_base_rows(block, base, routing_.base_row_begin[base], routing_.base_row_begin[base + 1], sums, out);
       }
     }
   }
-  const at::Tensor output = at::empty({num_rows, delta.u.size(1)}, input.activated.options());
-  int64_t begin = 0;
-  for (int64_t i = 0; i < routing.num_experts; ++i) {
-    const int64_t expert = routing.expert_order[i];
-    const int64_t num_pairs = routing.expert_begin[i + 1] - routing.expert_begin[i];
-    if (delta.rank_of(expert) > 0 && num_pairs > 0) {
-      const std::vector<int64_t> rows = input.rows_of(routing.sorted_pair.data() + routing.expert_begin[i], num_pairs);
-      delta_product(output.narrow(0, begin, num_pairs), rows_or_view(input.activated, rows), delta, expert);
-      begin += num_pairs;
+
+  void add_base_rows(const Block& block, int64_t base, int64_t begin, int64_t end, const Sums& sums,
+                     float** out) const {
+    const auto [first, last] = of_block(block, begin, end, [&](int64_t i) { return routing_.base_row_token[i]; });
+    for (int64_t i = first; i < last; ++i) {
+      out[i - first] = sums.rows[routing_.base_row_token[i] - block.row_begin];
+    }
+    if (first < last) {
+      inputs_.matrix(base).multiply(inputs_.from(first), last - first, block.begin, block.end, out);
     }
   }
-  return output;
-}
+
+  void add_expert(const Block& block, int64_t place, const Sums& sums, float** out) const {
+    const int64_t expert = routing_.expert_order[place];
+    const bool has_delta = delta_ != nullptr && delta_->rank_of(expert) > 0;
+    if (!has_delta && !group_.bias.has_value()) {
+      return;
+    }
+    const auto token_of = [&](int64_t i) { return routing_.sorted_pair[i] / routing_.top_k; };
+    const auto [first, last] =
+        of_block(block, routing_.expert_begin[place], routing_.expert_begin[place + 1], token_of);
+    for (int64_t i = first; i < last; ++i) {
+      out[i - first] = sums.rows[token_of(i) - block.row_begin];
+      if (group_.bias.has_value()) {
+        const auto* bias = static_cast<const std::byte*>(group_.bias->const_data_ptr());
+        kernels::add_row(bias + (expert * group_.out_features() + block.begin) * size_of(type_), type_,
+                         weights_[routing_.sorted_pair[i]], nullptr, block.end - block.begin, out[i - first]);
+      }
+    }
+    if (has_delta && first < last) {
+      u_matrix(*delta_, expert).multiply(projections_->from(first), last - first, block.begin, block.end, out);
+    }
+  }
+
+  const kernels::MoeRouting& routing_;
+  const float* weights_;
+  const BaseGroup& group_;
+  const Delta* delta_;
+  const Projections* projections_;
+  const BaseInputs& inputs_;
+  const ElementType type_;
+  std::byte* output_;
+};
 
 }  // namespace
 
-at::Tensor weighted_down(const at::Tensor& activated, const int64_t* activated_row, const kernels::MoeRouting& routing,
-                         const at::Tensor& top_k_weights, const BaseGroup& group, at::ArrayRef<Delta> deltas) {
-  const at::Tensor weights = top_k_weights.to(at::kFloat).contiguous();
-  const DownInput input{activated, activated_row, routing, weights.const_data_ptr<float>()};
-  // Dynamic scores are taken on the weighted input, so pruning needs it even where each pair has its own row.
-  const bool weigh_input = !routing.one_row_per_pair || group.prunes_dynamically();
-  const at::Tensor base_output = multiply_bases(input, group, weigh_input);
-  std::vector<int64_t> delta_row(routing.expert_of_pair.size(), -1);
-  const at::Tensor delta_output = deltas.empty() ? at::Tensor() : multiply_deltas(input, deltas.front(), delta_row);
-
-  kernels::ExpertOutputs outputs{};
-  outputs.type = element_type_of(activated);
-  outputs.width = group.out_features();
-  outputs.weights = input.weights;
-  outputs.base_output = base_output.const_data_ptr();
-  outputs.base_is_weighted = weigh_input;
-  outputs.delta_output = delta_output.defined() ? delta_output.const_data_ptr() : nullptr;
-  outputs.delta_row = delta_row.data();
-  outputs.bias = group.bias.has_value() ? group.bias->const_data_ptr() : nullptr;
-  const at::Tensor output = at::empty({routing.num_tokens, group.out_features()}, activated.options());
-  parallel_rows(routing.num_tokens, routing.top_k * group.out_features(), [&](int64_t begin, int64_t end) {
-    kernels::sum_experts(routing, outputs, begin, end, output.mutable_data_ptr());
+void weighted_down(Rows weighted, int64_t width, const kernels::MoeRouting& routing, const float* weights,
+                   const BaseGroup& group, const Delta* delta, const at::Tensor& output) {
+  const kernels::ProductKernels& kernels = kernels::product_kernels(element_type_of(group.base));
+  const BaseSums sums(routing, weighted, width, kernels.input_type);
+  std::optional<Projections> projections;
+  if (delta != nullptr) {
+    projections.emplace(*delta, routing, weighted, nullptr, kernels);
+  }
+  BlockList blocks(1 + routing.num_experts);
+  sums.add_blocks(blocks, routing.num_experts);
+  if (delta != nullptr) {
+    projections->add_blocks(blocks, 0);
+  }
+  run_blocks(blocks.blocks(), [&](const Block& block) {
+    if (block.job == routing.num_experts) {
+      sums.run(block);
+    } else {
+      projections->run(block, 0);
+    }
   });
-  return output;
+  const BaseInputs inputs(group, routing, sums.rows(), width, nullptr, kernels.input_type);
+  WeightedDown(routing, weights, group, delta, delta == nullptr ? nullptr : &*projections, inputs, output).run();
 }
 
 }  // namespace d2moe

@@ -7,12 +7,17 @@
 #include "ops/moe_forward.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string_view>
+
+#include "kernels/row_conversion.h"
+#include "ops/moe_pairs.h"
 
 namespace d2moe {
 
@@ -120,18 +125,35 @@ at::Tensor moe_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& to
   const kernels::MoeRouting gate_up_routing = route(top_k_index, gate_up, false);
   const kernels::MoeRouting own_routing = same_bases ? kernels::MoeRouting() : route(top_k_index, down, false);
   const kernels::MoeRouting& down_routing = same_bases ? gate_up_routing : own_routing;
+  const Workspace::Frame frame(workspace());
+  const kernels::ElementType input_type = kernels::product_kernels(element_type_of(hidden_states)).input_type;
+  const at::Tensor x = hidden_states.contiguous(), weights = top_k_weights.to(at::kFloat).contiguous();
+  const float* weight = weights.const_data_ptr<float>();
   const int64_t num_pairs = static_cast<int64_t>(down_routing.sorted_pair.size());
-  const at::Tensor activated = at::empty({num_pairs, plan.intermediate_size}, hidden_states.options());
-  const auto activate = [&](const kernels::CombinedRows& rows, int64_t num_rows) {
-    parallel_rows(num_rows, rows.width, [&](int64_t begin, int64_t end) {
-      kernels::gated_activation(rows, act, plan.gated, interleaved, begin, end, activated.mutable_data_ptr());
-    });
+  const OwnRows weighted(num_pairs, plan.intermediate_size, input_type);
+  const auto activate = [&](const PairSums& sums) {
+    const int64_t count = sums.end - sums.begin;
+    for (int64_t m = 0; m < sums.num_rows; ++m) {
+      const int64_t pair = gate_up_routing.sorted_pair[sums.first + m];
+      if (plan.gated) {
+        kernels::gated_activation(act, sums.sums[m], count, interleaved, weight[pair], sums.sums[m]);
+      } else {
+        kernels::activation(act, count, weight[pair], sums.sums[m]);
+      }
+      auto* row = static_cast<std::byte*>(weighted[down_routing.position_of_pair[pair]]);
+      kernels::store_row(sums.sums[m], count, input_type, row + sums.begin * size_of(input_type));
+    }
   };
+  const OutputOrder order = !plan.gated  ? OutputOrder::kPlain
+                            : interleaved ? OutputOrder::kAlternating
+                                          : OutputOrder::kHalves;
   const at::ArrayRef<Delta> all_deltas(deltas);
-  for_each_expert_product(hidden_states.contiguous(), false, gate_up_routing, gate_up,
-                          all_deltas.slice(0, plan.num_gate_up_deltas), down_routing.position_of_pair.data(), activate);
-  return weighted_down(activated, down_routing.position_of_pair.data(), down_routing, top_k_weights, down,
-                       all_deltas.slice(plan.num_gate_up_deltas));
+  multiply_pairs({rows_of(x, input_type), x.size(1), false}, gate_up_routing, gate_up,
+                 all_deltas.slice(0, plan.num_gate_up_deltas), order, activate);
+  at::Tensor output = at::empty_like(x);
+  weighted_down(weighted, plan.intermediate_size, down_routing, weight, down, deltas.empty() ? nullptr : &deltas.back(),
+                output);
+  return output;
 }
 
 // base + delta + bias of every pair; rows of ids that are no expert stay 0.
@@ -139,13 +161,41 @@ at::Tensor combine_pairs(const at::Tensor& source, bool row_per_pair, const at::
                          const BaseGroup& group, at::ArrayRef<Delta> deltas) {
   const kernels::MoeRouting routing = route(top_k_index, group, row_per_pair);
   const at::Tensor output = at::zeros({top_k_index.numel(), group.out_features()}, source.options());
-  for_each_expert_product(source.contiguous(), row_per_pair, routing, group, deltas, nullptr,
-                          [&](const kernels::CombinedRows& rows, int64_t num_rows) {
-                            parallel_rows(num_rows, rows.width, [&](int64_t begin, int64_t end) {
-                              kernels::combine_rows(rows, begin, end, output.mutable_data_ptr());
-                            });
-                          });
+  const Workspace::Frame frame(workspace());
+  const kernels::ElementType type = element_type_of(source);
+  const at::Tensor x = source.contiguous();
+  auto* elements = static_cast<std::byte*>(output.mutable_data_ptr());
+  const auto store = [&](const PairSums& sums) {
+    for (int64_t m = 0; m < sums.num_rows; ++m) {
+      const int64_t pair = routing.sorted_pair[sums.first + m];
+      kernels::store_row(sums.sums[m], sums.end - sums.begin, type,
+                         elements + (pair * group.out_features() + sums.begin) * size_of(type));
+    }
+  };
+  multiply_pairs({rows_of(x, kernels::product_kernels(type).input_type), x.size(1), row_per_pair}, routing, group, deltas,
+                 OutputOrder::kPlain, store);
   return output;
+}
+
+// weight * h of each sorted pair.
+Rows weighted_rows(const at::Tensor& activated, const kernels::MoeRouting& routing, const float* weights,
+                   kernels::ElementType input_type) {
+  const int64_t width = activated.size(1);
+  const kernels::ElementType type = element_type_of(activated);
+  const auto* elements = static_cast<const std::byte*>(activated.const_data_ptr());
+  const int64_t num_pairs = static_cast<int64_t>(routing.sorted_pair.size());
+  const OwnRows rows(num_pairs, width, input_type);
+  parallel_rows(num_pairs, width, [&](int64_t begin, int64_t end) {
+    const Workspace::Frame frame(workspace());
+    float* row = workspace().take<float>(width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t pair = routing.sorted_pair[i];
+      std::fill_n(row, width, 0.0f);
+      kernels::add_row(elements + pair * width * size_of(type), type, weights[pair], nullptr, width, row);
+      kernels::store_row(row, width, input_type, rows[i]);
+    }
+  });
+  return rows;
 }
 
 at::Tensor moe_gate_up_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& top_k_index,
@@ -193,7 +243,15 @@ at::Tensor moe_down_forward_cpu(const at::Tensor& activated, const at::Tensor& t
   if (per_pair) {
     return combine_pairs(activated, true, top_k_index, down, deltas);
   }
-  return weighted_down(activated.contiguous(), nullptr, route(top_k_index, down, false), top_k_weights, down, deltas);
+  const kernels::MoeRouting routing = route(top_k_index, down, false);
+  const Workspace::Frame frame(workspace());
+  const kernels::ElementType input_type = kernels::product_kernels(element_type_of(activated)).input_type;
+  const at::Tensor h = activated.contiguous(), weights = top_k_weights.to(at::kFloat).contiguous();
+  const float* weight = weights.const_data_ptr<float>();
+  at::Tensor output = at::empty({routing.num_tokens, down.out_features()}, h.options());
+  weighted_down(weighted_rows(h, routing, weight, input_type), h.size(1), routing, weight, down,
+                deltas.empty() ? nullptr : &deltas.front(), output);
+  return output;
 }
 
 }  // namespace

@@ -9,10 +9,13 @@
 #include <string_view>
 #include <vector>
 
+#include "kernels/element_type.h"
 #include "kernels/gated_activation.h"
 #include "kernels/moe_routing.h"
 
 namespace d2moe {
+
+struct Rows;
 
 // The bases of one input group, gate_up or down: [K, out, in_kept] and what goes with them.
 struct BaseGroup {
@@ -50,10 +53,9 @@ struct Delta {
 
   int64_t in_features() const { return v.size(1); }
   int64_t rank_of(int64_t expert) const { return rank.const_data_ptr<int32_t>()[expert]; }
-  // In the dtype of the forward: views, or where there are scales new tensors.
-  at::Tensor u_of(int64_t expert) const;  // [rank, out]
-  at::Tensor v_of(int64_t expert) const;  // [rank, in], or what is stored of it, [rank, in - rank]
-  const int32_t* pivots_of(int64_t expert) const;
+  const int32_t* pivots_of(int64_t expert) const {
+    return pivots->const_data_ptr<int32_t>() + u_start.const_data_ptr<int32_t>()[expert];
+  }
 };
 
 // pivots: as many as u, or none where V is stored whole; scales: as many as u, or none where factors are floating.
@@ -74,8 +76,8 @@ void check_deltas(const char* op, const BaseGroup& group, at::ArrayRef<Delta> de
 void check_base_group_indices(const char* op, const BaseGroup& group, int64_t in_features);
 void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas);
 
-// The columns that are no pivots, ascending, [in - rank]; refuses pivots that do not ascend or are out of range.
-std::vector<int32_t> columns_besides_pivots(const Delta& delta, int64_t expert);
+// Refuses pivots of an expert that do not ascend or are out of range.
+void check_pivots(const Delta& delta, int64_t expert);
 
 // Contiguous copies of what is read by pointer, where it is not contiguous already.
 BaseGroup with_contiguous_lists(BaseGroup group);
@@ -89,28 +91,9 @@ kernels::MoeRouting route(const at::Tensor& top_k_index, const BaseGroup& group,
 // Calls function(begin, end) on ranges of rows in parallel, each thread with some 16k elements at least.
 void parallel_rows(int64_t num_rows, int64_t row_width, const std::function<void(int64_t, int64_t)>& function);
 
-// source[rows, columns] (nullptr: all columns), or `source` itself where that is the same.
-at::Tensor gather(const at::Tensor& source, const int64_t* rows, int64_t num_rows, const int32_t* columns,
-                  int64_t num_columns, const uint8_t* selected = nullptr);
-
-// What base number `base` multiplies: source[rows, columns], where the columns that these rows' scores (eq. 9) do not
-// select are zeroed if the group prunes dynamically.
-at::Tensor gather_base_input(const at::Tensor& source, const int64_t* rows, int64_t num_rows, const int32_t* columns,
-                             const BaseGroup& group, int64_t base);
-
-// out = x V[e].T U[e].T
-void delta_product(const at::Tensor& out, const at::Tensor& x, const Delta& delta, int64_t expert);
-
-// The products of every (token, expert) pair, one expert at a time: base, deltas and bias, handed to finish(rows,
-// num_rows) to be added up. Pair p multiplies source row p if `row_per_pair` (its routing must have one_row_per_pair),
-// else row p / top_k, and goes to output_row[p] (nullptr: row p).
-using FinishRows = std::function<void(const kernels::CombinedRows& rows, int64_t num_rows)>;
-void for_each_expert_product(const at::Tensor& source, bool row_per_pair, const kernels::MoeRouting& routing,
-                             const BaseGroup& group, at::ArrayRef<Delta> deltas, const int64_t* output_row,
-                             const FinishRows& finish);
-
-// y [T, H] = sum over experts of weight * down(h); pair p's h stands in row activated_row[p] (nullptr: row p).
-at::Tensor weighted_down(const at::Tensor& activated, const int64_t* activated_row, const kernels::MoeRouting& routing,
-                         const at::Tensor& top_k_weights, const BaseGroup& group, at::ArrayRef<Delta> deltas);
+// y [T, H] = sum over experts of weight * down(h), into `output`. weighted: weight * h of each sorted pair, `width` wide,
+// in the input type of the products; weights [T * k], for the bias. delta may be nullptr.
+void weighted_down(Rows weighted, int64_t width, const kernels::MoeRouting& routing, const float* weights,
+                   const BaseGroup& group, const Delta* delta, const at::Tensor& output);
 
 }  // namespace d2moe

@@ -220,25 +220,16 @@ void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas) {
   }
 }
 
-std::vector<int32_t> columns_besides_pivots(const Delta& delta, int64_t expert) {
+void check_pivots(const Delta& delta, int64_t expert) {
   const int64_t rank = delta.rank_of(expert);
   const int32_t* pivots = delta.pivots_of(expert);
-  std::vector<int32_t> columns;
-  columns.reserve(delta.in_features() - rank);
   int64_t next = 0;
   for (int64_t i = 0; i < rank; ++i) {
     TORCH_CHECK(pivots[i] >= next && pivots[i] < delta.in_features(), delta.op, ": ",
                 delta_name("delta_pivots", delta.index), " must ascend from 0 to ", delta.in_features() - 1,
                 " within an expert, got ", pivots[i], " for expert ", expert);
-    for (; next < pivots[i]; ++next) {
-      columns.push_back(static_cast<int32_t>(next));
-    }
-    ++next;
+    next = pivots[i] + 1;
   }
-  for (; next < delta.in_features(); ++next) {
-    columns.push_back(static_cast<int32_t>(next));
-  }
-  return columns;
 }
 
 kernels::Activation parse_activation(const char* op, std::string_view activation) {

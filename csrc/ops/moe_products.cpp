@@ -1,278 +1,268 @@
-// The products of moe_forward on the CPU: bases on their rows, deltas on their experts' rows, through ATen's GEMMs.
-//
-// Error: each product is accumulated in float32 and rounded once to the dtype of the forward, as an eager linear would
-// (a delta twice: V x, then U (V x)); the sums of products are taken in float32 and rounded once. Factors of eight bits
-// are rounded once more, when they become the dtype of the forward.
+#include "ops/moe_products.h"
+
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <numeric>
+#include <atomic>
 
-#include "kernels/column_select.h"
-#include "kernels/dequantise_rows.h"
-#include "kernels/gather_rows.h"
-#include "ops/matmul.h"
-#include "ops/moe_forward.h"
+#include "kernels/row_conversion.h"
+#include "kernels/tuning_cpu.h"
 
 namespace d2moe {
 
-namespace {
+using kernels::ElementType;
+namespace tuning = kernels::tuning;
 
-// scales[i] * rows[i]: one expert's factor, the only one of its delta that is held in the dtype of the forward.
-at::Tensor dequantise(const at::Tensor& rows, const at::Tensor& scales) {
-  const at::Tensor out = at::empty(rows.sizes(), scales.options());
-  const kernels::ElementType type = element_type_of(scales);
-  parallel_rows(rows.size(0), rows.size(1), [&](int64_t begin, int64_t end) {
-    kernels::dequantise_rows(rows.const_data_ptr<int8_t>(), scales.const_data_ptr(), type, begin, end, rows.size(1),
-                             out.mutable_data_ptr());
-  });
-  return out;
+int64_t size_of(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+
+OwnRows::OwnRows(int64_t count, int64_t width, ElementType type) : data(workspace().take<void*>(count)) {
+  constexpr int64_t kLine = 64;
+  const int64_t stride = ((width * size_of(type) + kLine - 1) / kLine | 1) * kLine;
+  std::byte* memory = workspace().take<std::byte>(count * stride);
+  for (int64_t i = 0; i < count; ++i) {
+    data[i] = memory + i * stride;
+  }
 }
 
-}  // namespace
-
-at::Tensor Delta::u_of(int64_t expert) const {
-  const int64_t start = u_start.const_data_ptr<int32_t>()[expert];
-  const at::Tensor rows = u.narrow(0, start, rank_of(expert));
-  return u_scale.has_value() ? dequantise(rows, u_scale->narrow(0, start, rank_of(expert))) : rows;
+Sums::Sums(int64_t count, int64_t width) : rows(workspace().take<float*>(count)) {
+  float* memory = workspace().take<float>(count * width);
+  std::fill_n(memory, count * width, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = memory + i * width;
+  }
 }
 
-at::Tensor Delta::v_of(int64_t expert) const {
-  const int64_t rank = rank_of(expert);
-  const int64_t start = v_start.const_data_ptr<int32_t>()[expert];
-  const int64_t columns = in_features() - rank;
-  const at::Tensor rows = pivots.has_value() ? v.view({-1}).narrow(0, start, rank * columns).view({rank, columns})
-                                             : v.narrow(0, start, rank);
-  const int64_t scale_start = pivots.has_value() ? u_start.const_data_ptr<int32_t>()[expert] : start;
-  return v_scale.has_value() ? dequantise(rows, v_scale->narrow(0, scale_start, rank)) : rows;
-}
-
-const int32_t* Delta::pivots_of(int64_t expert) const {
-  return pivots->const_data_ptr<int32_t>() + u_start.const_data_ptr<int32_t>()[expert];
-}
-
-BaseGroup with_contiguous_lists(BaseGroup group) {
-  const auto contiguous = [](const std::optional<at::Tensor>& tensor) {
-    return tensor.has_value() ? std::optional<at::Tensor>(tensor->contiguous()) : std::nullopt;
-  };
-  group.columns = contiguous(group.columns);
-  group.column_norms = contiguous(group.column_norms);
-  group.bias = contiguous(group.bias);
-  group.expert_to_base = group.expert_to_base.contiguous();
-  return group;
-}
-
-std::vector<Delta> with_contiguous_lists(std::vector<Delta> deltas) {
-  for (Delta& delta : deltas) {
-    delta.rank = delta.rank.contiguous();
-    delta.u_start = delta.u_start.contiguous();
-    delta.v_start = delta.v_start.contiguous();
-    if (delta.pivots.has_value()) {
-      delta.pivots = delta.pivots->contiguous();
-      delta.v = delta.v.contiguous();
+Rows rows_of(const at::Tensor& source, ElementType input_type) {
+  const int64_t count = source.size(0), width = source.size(1);
+  const ElementType type = element_type_of(source);
+  const auto* elements = static_cast<const std::byte*>(source.const_data_ptr());
+  if (type == input_type) {
+    const void** data = workspace().take<const void*>(count);
+    for (int64_t i = 0; i < count; ++i) {
+      data[i] = elements + i * width * size_of(type);
     }
-    if (delta.u_scale.has_value()) {
-      delta.u = delta.u.contiguous();
-      delta.v = delta.v.contiguous();
-      delta.u_scale = delta.u_scale->contiguous();
-      delta.v_scale = delta.v_scale->contiguous();
+    return {data};
+  }
+  const OwnRows rows(count, width, input_type);
+  parallel_rows(count, width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels::take_row(elements + i * width * size_of(type), type, nullptr, width, input_type, rows[i]);
     }
-  }
-  return deltas;
-}
-
-kernels::ElementType element_type_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kBFloat16:
-      return kernels::ElementType::kBFloat16;
-    case at::kHalf:
-      return kernels::ElementType::kFloat16;
-    default:
-      TORCH_INTERNAL_ASSERT(tensor.scalar_type() == at::kFloat);
-      return kernels::ElementType::kFloat32;
-  }
-}
-
-kernels::MoeRouting route(const at::Tensor& top_k_index, const BaseGroup& group, bool force_one_row_per_pair) {
-  const at::Tensor ids = top_k_index.contiguous();
-  const auto route_ids = [&](const auto* data) {
-    return kernels::route_pairs(data, ids.size(0), ids.size(1), group.expert_to_base.const_data_ptr<int32_t>(),
-                                group.num_experts(), group.num_bases(), force_one_row_per_pair);
-  };
-  return ids.scalar_type() == at::kInt ? route_ids(ids.const_data_ptr<int32_t>())
-                                       : route_ids(ids.const_data_ptr<int64_t>());
-}
-
-void parallel_rows(int64_t num_rows, int64_t row_width, const std::function<void(int64_t, int64_t)>& function) {
-  constexpr int64_t kElementsPerThread = 16384;
-  at::parallel_for(0, num_rows, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, row_width)), function);
-}
-
-at::Tensor gather(const at::Tensor& source, const int64_t* rows, int64_t num_rows, const int32_t* columns,
-                  int64_t num_columns, const uint8_t* selected) {
-  bool all_rows = num_rows == source.size(0) && columns == nullptr && selected == nullptr;
-  for (int64_t i = 0; all_rows && i < num_rows; ++i) {
-    all_rows = rows[i] == i;
-  }
-  if (all_rows) {
-    return source;
-  }
-  const at::Tensor out = at::empty({num_rows, num_columns}, source.options());
-  const kernels::ElementType type = element_type_of(source);
-  parallel_rows(num_rows, num_columns, [&](int64_t begin, int64_t end) {
-    kernels::gather_rows(source.const_data_ptr(), type, source.stride(0), rows, begin, end, columns, num_columns,
-                         selected, out.mutable_data_ptr());
   });
-  return out;
+  return rows;
 }
 
 namespace {
 
-// 1 for each of the `keep` kept columns that weigh most for these rows, else 0.
-std::vector<uint8_t> select_columns(const at::Tensor& source, const int64_t* rows, int64_t num_rows,
-                                    const int32_t* columns, const BaseGroup& group, int64_t base) {
-  std::vector<double> squares(source.size(1), 0.0);
-  const kernels::ElementType type = element_type_of(source);
-  at::parallel_for(0, source.size(1), 1024, [&](int64_t begin, int64_t end) {
-    kernels::accumulate_column_squares(source.const_data_ptr(), type, source.stride(0), rows, num_rows, begin, end,
-                                       squares.data());
-  });
-  std::vector<float> scores(group.kept());
-  const float* norms = group.column_norms->const_data_ptr<float>() + base * group.kept();
-  kernels::score_columns(squares.data(), norms, columns, group.kept(), scores.data());
-  std::vector<int32_t> positions(group.keep);
-  kernels::select_columns(scores.data(), group.kept(), group.keep, positions.data());
-  std::vector<uint8_t> selected(group.kept(), 0);
-  for (const int32_t position : positions) {
-    selected[position] = 1;
-  }
-  return selected;
-}
-
-}  // namespace
-
-at::Tensor gather_base_input(const at::Tensor& source, const int64_t* rows, int64_t num_rows, const int32_t* columns,
-                             const BaseGroup& group, int64_t base) {
-  if (!group.prunes_dynamically()) {
-    return gather(source, rows, num_rows, columns, group.kept());
-  }
-  const std::vector<uint8_t> selected = select_columns(source, rows, num_rows, columns, group, base);
-  return gather(source, rows, num_rows, columns, group.kept(), selected.data());
-}
-
-namespace {
-
-// x[:, columns]
-at::Tensor gather_columns(const at::Tensor& x, const int32_t* columns, int64_t num_columns) {
-  std::vector<int64_t> rows(x.size(0));
-  std::iota(rows.begin(), rows.end(), int64_t{0});
-  return gather(x, rows.data(), x.size(0), columns, num_columns);
-}
-
-}  // namespace
-
-void delta_product(const at::Tensor& out, const at::Tensor& x, const Delta& delta, int64_t expert) {
-  const int64_t rank = delta.rank_of(expert);
-  at::Tensor projected;
-  if (delta.pivots.has_value()) {
-    const std::vector<int32_t> others = columns_besides_pivots(delta, expert);
-    projected = gather_columns(x, delta.pivots_of(expert), rank);
-    if (!others.empty()) {  // of a delta of full rank every column is a pivot
-      const int64_t num_others = static_cast<int64_t>(others.size());
-      matmul_add(projected, gather_columns(x, others.data(), num_others), delta.v_of(expert).t());
+// A few rows or channels at a time become the products' type, in memory that stays in the second-level cache.
+void multiply_int8(const Matrix& w, const kernels::ProductKernels& kernels, const void* const* x, int64_t num_rows,
+                   int64_t begin, int64_t end, float* const* out) {
+  const Workspace::Frame frame(workspace());
+  const auto* source = static_cast<const int8_t*>(w.data);
+  const int64_t width = w.by_channel ? end - begin : w.num_inputs;  // of what is made of one row or channel
+  const int64_t step =
+      std::max<int64_t>(kernels::kOutputStep, tuning::kWidenedElements / std::max<int64_t>(1, width) /
+                                                  kernels::kOutputStep * kernels::kOutputStep);
+  const int64_t first = w.by_channel ? 0 : begin, last = w.by_channel ? w.num_inputs : end;
+  auto* widened = workspace().take<std::byte>(step * width * size_of(w.type));
+  const void** x_part = workspace().take<const void*>(num_rows);
+  float** out_part = workspace().take<float*>(num_rows);
+  for (int64_t i = first; i < last; i += step) {
+    const int64_t count = std::min(step, last - i);
+    for (int64_t k = 0; k < count; ++k) {
+      kernels::widen_row(source + (i + k) * w.stride + (w.by_channel ? begin : 0), width, w.type,
+                         widened + k * width * size_of(w.type));
     }
+    for (int64_t m = 0; m < num_rows; ++m) {
+      x_part[m] = static_cast<const std::byte*>(x[m]) + (w.by_channel ? i * size_of(kernels.input_type) : 0);
+      out_part[m] = out[m] + (w.by_channel ? 0 : i - begin);
+    }
+    if (w.by_channel) {
+      kernels.multiply_channels({widened, width, count, nullptr, x_part, num_rows, 0, width, out_part});
+    } else {
+      kernels.multiply_rows({widened, width, width, x_part, num_rows, 0, count, out_part});
+    }
+  }
+}
+
+}  // namespace
+
+void Matrix::multiply(const void* const* x, int64_t num_rows, int64_t begin, int64_t end, float* const* out) const {
+  const kernels::ProductKernels& kernels = kernels::product_kernels(type);
+  if (int8) {
+    multiply_int8(*this, kernels, x, num_rows, begin, end, out);
+  } else if (by_channel) {
+    kernels.multiply_channels({data, stride, num_inputs, channels, x, num_rows, begin, end, out});
   } else {
-    projected = at::empty({x.size(0), rank}, x.options());
-    matmul_out(projected, x, delta.v_of(expert).t());
+    kernels.multiply_rows({data, stride, num_inputs, x, num_rows, begin, end, out});
   }
-  matmul_out(out, projected, delta.u_of(expert));
+}
+
+Matrix base_matrix(const BaseGroup& group, int64_t base) {
+  const bool by_channel = group.base.stride(2) != 1 && group.base.stride(1) == 1;
+  const ElementType type = element_type_of(group.base);
+  const auto* data = static_cast<const std::byte*>(group.base.const_data_ptr());
+  return {data + base * group.base.stride(0) * size_of(type), type,          false, by_channel,
+          group.base.stride(by_channel ? 2 : 1),              group.kept()};
 }
 
 namespace {
 
-// The longest run between neighbours of `begin`: how many rows a buffer that serves one run at a time needs.
-int64_t longest_run(const std::vector<int64_t>& begin) {
-  int64_t longest = 0;
-  for (size_t i = 1; i < begin.size(); ++i) {
-    longest = std::max(longest, begin[i] - begin[i - 1]);
-  }
-  return longest;
+Matrix factor(const at::Tensor& tensor, ElementType type, int64_t element, bool by_channel, int64_t stride,
+              int64_t num_inputs) {
+  const bool int8 = tensor.scalar_type() == at::kChar;
+  const auto* data = static_cast<const std::byte*>(tensor.const_data_ptr());
+  return {data + element * tensor.element_size(), type, int8, by_channel, stride, num_inputs};
 }
 
-// The deltas of one expert, each into its buffer; leaves the pointers in `rows`.
-void multiply_deltas(const at::Tensor& x, at::ArrayRef<Delta> deltas, at::ArrayRef<at::Tensor> buffers, int64_t expert,
-                     kernels::CombinedRows& rows) {
-  for (size_t d = 0; d < deltas.size(); ++d) {
-    rows.delta_widths[d] = deltas[d].u.size(1);
-    rows.deltas[d] = nullptr;
-    if (deltas[d].rank_of(expert) > 0) {
-      const at::Tensor out = buffers[d].narrow(0, 0, x.size(0));
-      delta_product(out, x, deltas[d], expert);
-      rows.deltas[d] = out.const_data_ptr();
+ElementType type_of(const Delta& delta) { return element_type_of(delta.u_scale.has_value() ? *delta.u_scale : delta.u); }
+
+}  // namespace
+
+Matrix u_matrix(const Delta& delta, int64_t expert) {
+  const int64_t start = delta.u_start.const_data_ptr<int32_t>()[expert], width = delta.u.size(1);
+  return factor(delta.u, type_of(delta), start * width, true, width, delta.rank_of(expert));
+}
+
+Matrix v_matrix(const Delta& delta, int64_t expert) {
+  const int64_t start = delta.v_start.const_data_ptr<int32_t>()[expert], width = delta.in_features();
+  const bool flat = delta.pivots.has_value();
+  const int64_t inputs = flat ? width - delta.rank_of(expert) : width;
+  return factor(delta.v, type_of(delta), flat ? start : start * width, false, inputs, inputs);
+}
+
+void run_blocks(const std::vector<Block>& blocks, const std::function<void(const Block&)>& function) {
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
+  if (threads <= 1) {
+    std::for_each(blocks.begin(), blocks.end(), function);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < count;
+         i = next.fetch_add(1, std::memory_order_relaxed)) {
+      function(blocks[i]);
     }
-  }
+  });
 }
 
-bool has_delta(at::ArrayRef<Delta> deltas, int64_t expert) {
-  return std::any_of(deltas.begin(), deltas.end(), [&](const Delta& delta) { return delta.rank_of(expert) > 0; });
+namespace {
+
+// Kept from call to call; one list is alive at a time.
+std::vector<Block>& block_storage() {
+  static thread_local std::vector<Block> storage;
+  storage.clear();
+  return storage;
 }
 
 }  // namespace
 
-void for_each_expert_product(const at::Tensor& source, bool row_per_pair, const kernels::MoeRouting& routing,
-                             const BaseGroup& group, at::ArrayRef<Delta> deltas, const int64_t* output_row,
-                             const FinishRows& finish) {
-  const size_t num_pairs = routing.sorted_pair.size();
-  std::vector<int64_t> source_rows(num_pairs), base_rows(num_pairs), output_rows(num_pairs);
-  for (size_t i = 0; i < num_pairs; ++i) {
-    const int64_t pair = routing.sorted_pair[i];
-    source_rows[i] = row_per_pair ? pair : pair / routing.top_k;
-    base_rows[i] = routing.base_row_of_pair[pair];
-    output_rows[i] = output_row == nullptr ? pair : output_row[pair];
-  }
-  const int64_t* base_sources = (row_per_pair ? routing.base_row_pair : routing.base_row_token).data();
-  const at::Tensor base_buffer =
-      at::empty({longest_run(routing.base_row_begin), group.out_features()}, source.options());
-  std::vector<at::Tensor> delta_buffers;
-  for (const Delta& delta : deltas) {
-    delta_buffers.push_back(at::empty({longest_run(routing.expert_begin), delta.u.size(1)}, source.options()));
-  }
+BlockList::BlockList(int64_t num_jobs)
+    : parts_(std::max<int64_t>(
+          1, (at::get_num_threads() * tuning::kBlocksPerThread + num_jobs - 1) / std::max<int64_t>(1, num_jobs))),
+      blocks_(block_storage()) {}
 
-  for (int64_t base = 0; base < group.num_bases(); ++base) {
-    const int64_t base_begin = routing.base_row_begin[base];
-    const int64_t num_base_rows = routing.base_row_begin[base + 1] - base_begin;
-    if (num_base_rows == 0) {
-      continue;
+void BlockList::add(int64_t job, int64_t num_rows, int64_t num_outputs) {
+  constexpr int64_t kStep = kernels::kOutputStep;
+  const int64_t limit = num_rows <= tuning::kFewRows ? tuning::kOutputsOfFewRows : tuning::kOutputsOfManyRows;
+  const int64_t part = (num_outputs + parts_ - 1) / parts_;
+  const int64_t width = std::clamp((part + kStep - 1) / kStep * kStep, kStep * 2, limit);
+  for (int64_t row = 0; row < num_rows; row += tuning::kRowsPerBlock) {
+    for (int64_t begin = 0; begin < num_outputs; begin += width) {
+      blocks_.push_back({job, row, std::min(row + tuning::kRowsPerBlock, num_rows), begin,
+                         std::min(begin + width, num_outputs)});
     }
-    const int32_t* columns =
-        group.columns.has_value() ? group.columns->const_data_ptr<int32_t>() + base * group.kept() : nullptr;
-    const at::Tensor base_output = base_buffer.narrow(0, 0, num_base_rows);
-    matmul_out(base_output, gather_base_input(source, base_sources + base_begin, num_base_rows, columns, group, base),
-               group.base.select(0, base).t());
-    for (int64_t i = routing.base_expert_begin[base]; i < routing.base_expert_begin[base + 1]; ++i) {
-      const int64_t begin = routing.expert_begin[i];
-      const int64_t num_rows = routing.expert_begin[i + 1] - begin;
-      if (num_rows == 0) {
-        continue;
-      }
-      const int64_t expert = routing.expert_order[i];
-      kernels::CombinedRows rows{};
-      rows.type = element_type_of(source);
-      rows.width = group.out_features();
-      rows.base = base_output.const_data_ptr();
-      rows.base_rows = base_rows.data() + begin;
-      rows.base_row_offset = base_begin;
-      rows.output_rows = output_rows.data() + begin;
-      if (group.bias.has_value()) {
-        rows.bias = group.bias->select(0, expert).const_data_ptr();
-      }
-      if (has_delta(deltas, expert)) {
-        const at::Tensor x = gather(source, source_rows.data() + begin, num_rows, nullptr, source.size(1));
-        multiply_deltas(x, deltas, delta_buffers, expert, rows);
-      }
-      finish(rows, num_rows);
+  }
+}
+
+Projections::Projections(const Delta& delta, const kernels::MoeRouting& routing, Rows x, const int64_t* x_row,
+                         const kernels::ProductKernels& kernels)
+    : delta_(delta), routing_(routing), x_(x), x_row_(x_row), kernels_(kernels), rows_([&] {
+        const int32_t* rank = delta.rank.const_data_ptr<int32_t>();
+        const int64_t largest = delta.rank.numel() == 0 ? 0 : *std::max_element(rank, rank + delta.rank.numel());
+        return OwnRows(static_cast<int64_t>(routing.sorted_pair.size()), largest, kernels.input_type);
+      }()) {}
+
+void Projections::add_blocks(BlockList& blocks, int64_t first_job) const {
+  for (int64_t i = 0; i < routing_.num_experts; ++i) {
+    const int64_t rank = delta_.rank_of(routing_.expert_order[i]);
+    const int64_t num_rows = routing_.expert_begin[i + 1] - routing_.expert_begin[i];
+    if (rank > 0 && num_rows > 0) {
+      blocks.add(first_job + i, num_rows, rank);
     }
+  }
+}
+
+namespace {
+
+// scale[j] of some of an int8 factor's rows, in float32.
+const float* load_scales(const at::Tensor& scales, int64_t start, int64_t count) {
+  float* scale = workspace().take<float>(count);
+  const auto* data = static_cast<const std::byte*>(scales.const_data_ptr());
+  kernels::take_row(data + start * scales.element_size(), element_type_of(scales), nullptr, count,
+                    ElementType::kFloat32, scale);
+  return scale;
+}
+
+void multiply_row(float* row, const float* scale, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    row[j] *= scale[j];
+  }
+}
+
+}  // namespace
+
+// What V, as it is stored, multiplies: rows of x, without the columns at the pivots if there are any.
+const void* const* Projections::stored_inputs(int64_t expert, int64_t first_pair, int64_t num_rows) const {
+  const void** x = workspace().take<const void*>(num_rows);
+  if (!delta_.pivots.has_value()) {
+    for (int64_t m = 0; m < num_rows; ++m) {
+      x[m] = source_row(first_pair + m);
+    }
+    return x;
+  }
+  check_pivots(delta_, expert);
+  const int64_t rank = delta_.rank_of(expert);
+  const OwnRows taken(num_rows, delta_.in_features() - rank, kernels_.input_type);
+  for (int64_t m = 0; m < num_rows; ++m) {
+    kernels::take_row_besides(source_row(first_pair + m), kernels_.input_type, delta_.pivots_of(expert), rank,
+                              delta_.in_features(), taken[m]);
+    x[m] = taken[m];
+  }
+  return x;
+}
+
+// p = scale_u (scale_v (stored V x) + x[pivots]), where there are scales and pivots; rounded once.
+void Projections::run(const Block& block, int64_t first_job) const {
+  const Workspace::Frame frame(workspace());
+  const int64_t place = block.job - first_job, expert = routing_.expert_order[place];
+  const int64_t first = routing_.expert_begin[place] + block.row_begin, num_rows = block.row_end - block.row_begin;
+  const int64_t width = block.end - block.begin;
+  const int64_t u_start = delta_.u_start.const_data_ptr<int32_t>()[expert] + block.begin;
+  const int64_t v_start = delta_.v_start.const_data_ptr<int32_t>()[expert] + block.begin;
+  const int32_t* pivots = delta_.pivots.has_value() ? delta_.pivots_of(expert) + block.begin : nullptr;
+  const Sums own(num_rows, width);
+  float* const* sums = own.rows;
+  const Matrix v = v_matrix(delta_, expert);
+  v.multiply(stored_inputs(expert, first, num_rows), num_rows, block.begin, block.end, sums);
+  const float* v_scale = delta_.v_scale.has_value()
+                             ? load_scales(*delta_.v_scale, pivots == nullptr ? v_start : u_start, width)
+                             : nullptr;
+  const float* u_scale = delta_.u_scale.has_value() ? load_scales(*delta_.u_scale, u_start, width) : nullptr;
+  for (int64_t m = 0; m < num_rows; ++m) {
+    if (v_scale != nullptr) {
+      multiply_row(sums[m], v_scale, width);
+    }
+    if (pivots != nullptr) {
+      kernels::add_row(source_row(first + m), kernels_.input_type, 1.0f, pivots, width, sums[m]);
+    }
+    if (u_scale != nullptr) {
+      multiply_row(sums[m], u_scale, width);
+    }
+    kernels::store_row(sums[m], width, kernels_.input_type,
+                       static_cast<std::byte*>(rows_[first + m]) + block.begin * size_of(kernels_.input_type));
   }
 }
 
