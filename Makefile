@@ -17,7 +17,7 @@ OLDEST_SOURCES := build/oldest
 # What the quality study is judged by; `make quality JUDGE=test` once options are chosen.
 JUDGE ?= selection
 
-.PHONY: demo quality test test-matrix lint format build clean
+.PHONY: demo quality bench test test-matrix lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -26,6 +26,15 @@ demo: build
 quality: build
 	$(BIN)/python -m benchmarks.quality --model examples/pydoc_moe --text calibration=python --text selection=python \
 		--text test=python --text out=headers --judge $(JUDGE) --figures --results build/quality/results --write build/quality/quality.md
+
+# Half an hour on a quiet machine; not for CI. The page lies beside the results; docs/performance.md is made of saved ones.
+BENCH := build/performance
+bench: build
+	mkdir -p $(BENCH)/results
+	$(BIN)/python -m benchmarks.bench_layer --write $(BENCH)/results/layer.json
+	$(BIN)/python -m benchmarks.bench_layer --growth --write $(BENCH)/results/growth.json
+	$(BIN)/python -m benchmarks.bench_model --json > $(BENCH)/results/model.json
+	$(BIN)/python -m benchmarks.performance --results $(BENCH)/results --write $(BENCH)/performance.md
 
 test: build
 	$(BIN)/python -m pytest --cov=d2moe_ext --cov-report=term:skip-covered --cov-fail-under=90

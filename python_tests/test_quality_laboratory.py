@@ -12,7 +12,7 @@ import pytest
 import quality_helpers
 import torch
 
-from benchmarks.quality.machine import describe_machine, peak_growth
+from benchmarks.quality.machine import peak_growth
 from benchmarks.quality.methods import all_methods, round_stored
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.results import UNCOMPRESSED, Results
@@ -20,6 +20,7 @@ from benchmarks.quality.retired import RETIRED
 from benchmarks.quality.runner import Task, of_methods, tasks_of
 from benchmarks.study import byte_budget, method_version
 from d2moe_ext.adapters import find_experts
+from d2moe_ext.bench.machine import describe_machine
 from d2moe_ext.cli.common import load_model
 
 

@@ -1,31 +1,17 @@
-"""Where a row was measured, and how far a step raised the process's memory."""
+"""How far a step raised the process's memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 Result = TypeVar("Result")
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-
-
-def describe_machine() -> str:
-    """The processor's name, its cores, and the threads that torch uses of them."""
-    name = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        names = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}"
 
 
 def peak_growth(step: Callable[[], Result]) -> tuple[Result, int | None]:

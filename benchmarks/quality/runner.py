@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import d2moe_ext
-from benchmarks.quality.machine import describe_machine, peak_growth
+from benchmarks.quality.machine import peak_growth
 from benchmarks.quality.methods import round_stored
 from benchmarks.quality.parts import PARTS, Line
 from benchmarks.quality.results import UNCOMPRESSED, Key, Results, Row, Sizes, Source
@@ -25,6 +25,7 @@ from benchmarks.quality.retired import RETIRED
 from benchmarks.quality.texts import Text, Use, domain_text, outside_text
 from benchmarks.study import FLOAT_BYTES, Calibration, Method, byte_budget, capture_inputs, method_version, model_parameters
 from d2moe_ext.adapters import find_experts
+from d2moe_ext.bench.machine import describe_machine
 from d2moe_ext.calibration import calibrate
 from d2moe_ext.cli.common import calibration_batches, load_model, load_tokenizer, one_sentence, token_stream
 from d2moe_ext.evaluate import perplexity

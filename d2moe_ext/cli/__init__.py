@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from d2moe_ext.cli import analyze, compress, demo, evaluate, inspect, plan
+from d2moe_ext.cli import analyze, bench, compress, demo, evaluate, inspect, plan
 from d2moe_ext.cli.common import one_sentence
 
 BAD_INPUT = 2
@@ -32,6 +32,7 @@ app.command("compress")(compress.compress_command)
 app.command("eval")(evaluate.evaluate_command)
 app.command("plan")(plan.plan_command)
 app.command("inspect")(inspect.inspect_command)
+app.command("bench")(bench.bench_command)
 app.command("demo")(demo.demo_command)
 
 

@@ -1,0 +1,1 @@
+"""One MoE layer at the true shapes of published models, and the growth of its time with each size."""

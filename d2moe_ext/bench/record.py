@@ -1,0 +1,49 @@
+"""What stands around the rows of a measurement: machine, command, date, versions, floors."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from d2moe_ext._version import __version__
+from d2moe_ext.bench.floors import Floors
+from d2moe_ext.bench.machine import describe_machine
+
+
+def make_record(kind: str, rows: Sequence[dict[str, Any]], floors: Floors, command: str) -> dict[str, Any]:
+    """What ``--json`` prints: strict JSON.
+
+    Args:
+        kind: what the rows are of: ``layer``, ``growth`` or ``checkpoint``.
+        rows: one a contender and size.
+        floors: that the rows were held against.
+        command: as :func:`shown_command` gives it.
+    """
+    return {
+        "kind": kind,
+        "machine": describe_machine(),
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "versions": {"d2moe_ext": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "floors": floors.to_dict(),
+        "rows": list(rows),
+    }
+
+
+def shown_command(program: str, arguments: Sequence[str]) -> str:
+    """A command as it was given, with paths outside the current folder by their last name alone."""
+    return shlex.join([*program.split(), *map(_shown, arguments)])
+
+
+def _shown(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute() and ".." not in path.parts:
+        return word
+    resolved = path.resolve()
+    return resolved.relative_to(Path.cwd()).as_posix() if resolved.is_relative_to(Path.cwd()) else resolved.name

@@ -1,0 +1,92 @@
+"""Contenders timed in turn, round by round, with cold caches.
+
+Every round runs each contender once on the same inputs, so that a machine that slows down slows all of them, and a ratio is
+taken within rounds. Before each call a buffer several times larger than the last-level cache is read, and rounds take
+several routings in turn: a layer of a real model finds nothing of its weights in the cache either.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from d2moe_ext.bench.machine import last_level_cache
+
+Inputs = TypeVar("Inputs")
+
+CACHES_READ = 4
+_LEAST_FLUSH = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How often a set of contenders is run.
+
+    Attributes:
+        repeats: rounds at most.
+        seconds: rounds end once the timed calls have taken this long together.
+        least: rounds at least, however long they take.
+    """
+
+    repeats: int = 30
+    seconds: float = 10.0
+    least: int = 3
+
+    def rounds(self, one_round: float, inputs: int) -> int:
+        """How many rounds of ``one_round`` seconds: a multiple of ``inputs``, so that each is used equally often, unless fewer
+        repeats were asked for."""
+        wanted = min(self.repeats, int(self.seconds / max(one_round, 1e-9)))
+        wanted = max(min(self.least, self.repeats), wanted)
+        return max(wanted // inputs * inputs, min(inputs, self.repeats))
+
+
+class CacheFlush:
+    """Reads a buffer that takes the place of whatever the caches held. Reading leaves nothing to be written back later,
+    which a timed call would pay for."""
+
+    def __init__(self, size: int | None = None) -> None:
+        size = max(CACHES_READ * last_level_cache(), _LEAST_FLUSH) if size is None else size
+        self._buffer = torch.ones(size // 4)
+
+    def __call__(self) -> None:
+        self._buffer.sum()
+
+
+def time_rounds(
+    runs: Mapping[str, Callable[[Inputs], object]], inputs: Sequence[Inputs], rounds: int, flush: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; round i takes ``inputs[i % len(inputs)]``.
+
+    The order of contenders is turned around from round to round, so that none always follows the same one.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            given = inputs[turn % len(inputs)]
+            for name in names if turn % 2 == 0 else reversed(names):
+                flush()
+                started = time.perf_counter()
+                runs[name](given)
+                seconds[name].append(time.perf_counter() - started)
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
