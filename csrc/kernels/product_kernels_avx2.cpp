@@ -39,7 +39,7 @@ struct Avx2 {
   static constexpr int kWideRows = 1;
   static constexpr int kChannelRows = 2;
   static constexpr int kPackedRows = 6;
-  static constexpr int64_t kManyRows = 24;
+  static constexpr int64_t kManyRows = 12;
   static constexpr int64_t kManyRowsByRow = 48;
   static constexpr int kSteps = 4;
 

@@ -9,7 +9,7 @@ struct Avx512Sums {
   static constexpr int kWideRows = 3;  // up to so many rows, tiles are 8 outputs wide
   static constexpr int kChannelRows = 4;
   static constexpr int kPackedRows = 12;
-  static constexpr int64_t kManyRows = 24;
+  static constexpr int64_t kManyRows = 12;
   static constexpr int64_t kManyRowsByRow = 48;
   static constexpr int kSteps = 4;
 

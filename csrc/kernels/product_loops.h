@@ -279,6 +279,45 @@ struct PackedWeights {
   }
 };
 
+// Where the next block of weights stands in memory: it is called for line by line while this one is multiplied, as
+// multiplications would otherwise wait for it.
+struct NextBlock {
+  const char* memory;
+  int64_t stride;           // bytes from one row, or channel, to the next
+  const int32_t* channels;  // which ones; nullptr: one after the other
+  int64_t num_rows, row_bytes;
+  int64_t row = 0, byte = 0;  // the next line
+
+  void call(int64_t num_lines) {
+    constexpr int64_t kLine = 64;
+    for (; row_bytes > 0 && num_lines > 0 && row < num_rows; --num_lines) {
+      const int64_t offset = channels == nullptr ? row * stride : channels[row] * stride;
+      __builtin_prefetch(memory + offset + byte, 0, 2);
+      byte += kLine;
+      if (byte >= row_bytes) {
+        byte = 0;
+        ++row;
+      }
+    }
+  }
+};
+
+template <typename Isa>
+inline NextBlock next_block(const ChannelProduct& p, int64_t j_begin, int64_t j_end, int64_t begin, int64_t end) {
+  constexpr int64_t kSize = sizeof(typename Isa::Weight);
+  const char* memory = static_cast<const char*>(p.weights) + begin * kSize;
+  const int32_t* channels = p.channels == nullptr ? nullptr : p.channels + j_begin;
+  return {channels == nullptr ? memory + j_begin * p.stride * kSize : memory, p.stride * kSize, channels,
+          j_end - j_begin, (end - begin) * kSize};
+}
+
+template <typename Isa>
+inline NextBlock next_block(const RowProduct& p, int64_t k_begin, int64_t k_end, int64_t begin, int64_t end) {
+  constexpr int64_t kSize = sizeof(typename Isa::Weight);
+  return {static_cast<const char*>(p.weights) + (begin * p.stride + k_begin) * kSize, p.stride * kSize, nullptr,
+          end - begin, (k_end - k_begin) * kSize};
+}
+
 template <typename Isa, int kRows, typename Product>
 inline void multiply_packed_tile(const Product& p, const typename Isa::Operand (*operands)[2], int64_t j_begin,
                                  int64_t j_end, int64_t m, int64_t n) {
@@ -317,16 +356,15 @@ inline void multiply_packed_tile(const Product& p, const typename Isa::Operand (
   }
 }
 
+// The tile of `rows` rows, up to kRows of them.
 template <typename Isa, int kRows, typename Product>
-inline int64_t multiply_packed_rows(const Product& p, const PackedWeights<Isa>& packed, int64_t j_begin, int64_t j_end,
-                                    int64_t m, int64_t begin, int64_t end) {
-  constexpr int64_t kChunk = PackedWeights<Isa>::kChunk;
-  for (; m + kRows <= p.num_rows; m += kRows) {
-    for (int64_t n = begin; n < end; n += kChunk) {
-      multiply_packed_tile<Isa, kRows>(p, packed.operands[(n - begin) / kChunk], j_begin, j_end, m, n);
-    }
+inline void multiply_packed_rows(int64_t rows, const Product& p, const typename Isa::Operand (*operands)[2],
+                                 int64_t j_begin, int64_t j_end, int64_t m, int64_t n) {
+  if (rows == kRows) {
+    multiply_packed_tile<Isa, kRows>(p, operands, j_begin, j_end, m, n);
+  } else if constexpr (kRows > 1) {
+    multiply_packed_rows<Isa, kRows - 1>(rows, p, operands, j_begin, j_end, m, n);
   }
-  return m;
 }
 
 // Many rows of x: a block of weights is packed once, and each tile of rows keeps its sums in registers. Computes the
@@ -335,16 +373,32 @@ template <typename Isa, typename Product>
 inline int64_t multiply_packed(const Product& p) {
   static thread_local PackedWeights<Isa> packed;
   constexpr int64_t kBlock = tuning::kPackedSteps * Isa::kDepth;
+  constexpr int64_t kStrip = tuning::kPackedOutputs;
   constexpr int64_t kChunk = PackedWeights<Isa>::kChunk;
+  const auto end_of = [](int64_t begin, int64_t step, int64_t limit) {
+    return begin + step < limit ? begin + step : limit;
+  };
+  // Tiles of nearly the same number of rows: a small last one would take almost the time of a large one.
+  const int64_t num_tiles = (p.num_rows + Isa::kPackedRows - 1) / Isa::kPackedRows;
   const int64_t whole_end = p.begin + (p.end - p.begin) / kChunk * kChunk;
-  for (int64_t begin = p.begin; begin < whole_end; begin += tuning::kPackedOutputs) {
-    const int64_t end = begin + tuning::kPackedOutputs < whole_end ? begin + tuning::kPackedOutputs : whole_end;
+  for (int64_t begin = p.begin; begin < whole_end; begin += kStrip) {
+    const int64_t end = end_of(begin, kStrip, whole_end);
     for (int64_t j = 0; j < p.num_inputs; j += kBlock) {
-      const int64_t j_end = j + kBlock < p.num_inputs ? j + kBlock : p.num_inputs;
+      const int64_t j_end = end_of(j, kBlock, p.num_inputs);
       packed.pack(p, j, j_end, begin, (end - begin) / kChunk);
-      int64_t m = multiply_packed_rows<Isa, Isa::kPackedRows>(p, packed, j, j_end, 0, begin, end);
-      m = multiply_packed_rows<Isa, Isa::kPackedRows / 3>(p, packed, j, j_end, m, begin, end);
-      multiply_packed_rows<Isa, 1>(p, packed, j, j_end, m, begin, end);
+      const bool last = j_end == p.num_inputs;
+      const int64_t next_j = last ? 0 : j_end, next_begin = last ? end : begin;
+      NextBlock next = next_block<Isa>(p, next_j, end_of(next_j, kBlock, p.num_inputs), next_begin,
+                                       end_of(next_begin, kStrip, whole_end));
+      const int64_t share = next.num_rows * (next.row_bytes / 64 + 1) / (num_tiles * ((end - begin) / kChunk)) + 1;
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t m = tile * p.num_rows / num_tiles, m_end = (tile + 1) * p.num_rows / num_tiles;
+        for (int64_t n = begin; n < end; n += kChunk) {
+          next.call(share);
+          multiply_packed_rows<Isa, Isa::kPackedRows>(m_end - m, p, packed.operands[(n - begin) / kChunk], j, j_end, m,
+                                                      n);
+        }
+      }
     }
   }
   return whole_end;

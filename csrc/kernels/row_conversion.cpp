@@ -126,15 +126,23 @@ void add_row(const void* row, ElementType type, float scale, const int32_t* colu
 void take_row_besides(const void* source, ElementType type, const int32_t* skipped, int64_t num_skipped, int64_t count,
                       void* out) {
   visit_forward_type(type, [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(source);
-    auto* to = static_cast<decltype(element)*>(out);
-    int64_t begin = 0;
+    using Element = decltype(element);
+    constexpr int64_t kVector = 32 / sizeof(Element);
+    const auto* from = static_cast<const Element*>(source);
+    auto* to = static_cast<Element*>(out);
+    int64_t begin = 0, taken = 0;
     for (int64_t i = 0; i <= num_skipped; ++i) {
       const int64_t end = i < num_skipped ? skipped[i] : count;
-      for (; begin < end; ++begin) {
-        *to++ = from[begin];
+      // Runs are short: whole vectors, of which the next run overwrites what is too much, save counting.
+      int64_t j = begin;
+      for (; j < end && j + kVector <= count && taken + (j - begin) + kVector <= count - num_skipped; j += kVector) {
+        std::memcpy(to + taken + (j - begin), from + j, 32);
       }
-      ++begin;
+      for (; j < end; ++j) {
+        to[taken + (j - begin)] = from[j];
+      }
+      taken += end - begin;
+      begin = end + 1;
     }
   });
 }

@@ -23,8 +23,8 @@ constexpr int64_t kPackedOutputs = 256;
 constexpr int64_t kBlocksPerThread = 8;
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kOutputsOfFewRows = 2048;
-constexpr int64_t kOutputsOfManyRows = 256;
-constexpr int64_t kRowsPerBlock = 1024;
+constexpr int64_t kOutputsOfManyRows = 512;
+constexpr int64_t kRowsPerBlock = 2048;
 
 // Elements of eight-bit factors that are made 16 or 32 bits wide at a time.
 constexpr int64_t kWidenedElements = 32768;

@@ -167,8 +167,9 @@ BlockList::BlockList(int64_t num_jobs)
 void BlockList::add(int64_t job, int64_t num_rows, int64_t num_outputs) {
   constexpr int64_t kStep = kernels::kOutputStep;
   const int64_t limit = num_rows <= tuning::kFewRows ? tuning::kOutputsOfFewRows : tuning::kOutputsOfManyRows;
-  const int64_t part = (num_outputs + parts_ - 1) / parts_;
-  const int64_t width = std::clamp((part + kStep - 1) / kStep * kStep, kStep * 2, limit);
+  const int64_t smallest = (num_outputs + 2 * kStep - 1) / (2 * kStep);
+  const int64_t parts = std::max((num_outputs + limit - 1) / limit, std::min(parts_, smallest));
+  const int64_t width = ((num_outputs + parts - 1) / parts + kStep - 1) / kStep * kStep;
   for (int64_t row = 0; row < num_rows; row += tuning::kRowsPerBlock) {
     for (int64_t begin = 0; begin < num_outputs; begin += width) {
       blocks_.push_back({job, row, std::min(row + tuning::kRowsPerBlock, num_rows), begin,

@@ -1,6 +1,12 @@
 #include "ops/workspace.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 
 namespace d2moe {
 
@@ -11,7 +17,30 @@ constexpr size_t kSmallestChunk = size_t{1} << 20;
 // What a thread keeps between calls; a long prompt's memory is given back.
 constexpr size_t kLargestKept = size_t{64} << 20;
 
+// Of large chunks: pages of 2 MiB, where the system has them, are far fewer to be made and looked up.
+constexpr size_t kLargePage = size_t{2} << 20;
+
+size_t rounded_up(size_t size, size_t step) { return (size + step - 1) / step * step; }
+
+std::byte* allocate(size_t size) {
+  const size_t alignment = size >= kLargePage ? kLargePage : kAlignment;
+  void* memory = std::aligned_alloc(alignment, rounded_up(size, alignment));
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kLargePage) {
+    madvise(memory, rounded_up(size, alignment), MADV_HUGEPAGE);
+  }
+#endif
+  return static_cast<std::byte*>(memory);
+}
+
 }  // namespace
+
+Workspace::Chunk::Chunk(size_t size) : memory(allocate(size)), size(size) {}
+
+void Workspace::Free::operator()(std::byte* memory) const { std::free(memory); }
 
 Workspace::Frame::Frame(Workspace& workspace)
     : workspace_(workspace), chunk_(workspace.chunk_), used_(workspace.used_) {
@@ -35,12 +64,10 @@ void* Workspace::take_bytes(size_t bytes) {
   }
   if (chunk_ == chunks_.size()) {
     const size_t chunk_size = std::max({size, kSmallestChunk, chunks_.empty() ? 0 : chunks_.back().size});
-    chunks_.push_back({std::unique_ptr<std::byte[]>(new std::byte[chunk_size + kAlignment]), chunk_size});
+    chunks_.emplace_back(chunk_size);
     used_ = 0;
   }
-  const auto address = reinterpret_cast<uintptr_t>(chunks_[chunk_].memory.get());
-  std::byte* begin = chunks_[chunk_].memory.get() + (kAlignment - address % kAlignment) % kAlignment;
-  void* result = begin + used_;
+  void* result = chunks_[chunk_].memory.get() + used_;
   used_ += size;
   return result;
 }
@@ -55,7 +82,7 @@ void Workspace::settle() {
     chunks_.clear();
   } else if (chunks_.size() > 1) {
     chunks_.clear();
-    chunks_.push_back({std::unique_ptr<std::byte[]>(new std::byte[total + kAlignment]), total});
+    chunks_.emplace_back(total);
   }
 }
 

@@ -31,9 +31,13 @@ class Workspace {
   }
 
  private:
+  struct Free {
+    void operator()(std::byte* memory) const;
+  };
   struct Chunk {
-    std::unique_ptr<std::byte[]> memory;
+    std::unique_ptr<std::byte, Free> memory;
     size_t size;
+    explicit Chunk(size_t size);
   };
 
   void* take_bytes(size_t bytes);
