@@ -28,6 +28,11 @@ class Verdict:
     holds: bool
 
 
+def counted(tokens: int) -> str:
+    """``1 token``, ``2,048 tokens``."""
+    return f"{tokens:,} token" + ("s" if tokens > 1 else "")
+
+
 def all_verdicts(rows: list[Row]) -> list[Verdict]:
     """Every claim that the measured rows allow to judge, shape by shape."""
     ours = [row for row in rows if row["kind"] == "native" and row["median_ms"] is not None]
@@ -50,12 +55,14 @@ def _counted(rows: list[Row], value: Callable[[Row], float], least: float) -> tu
     """How many rows reach ``least``, and the one that is farthest from it."""
     worst = min(rows, key=value)
     reached = sum(value(row) >= least for row in rows)
-    place = "" if len({(row["dtype"], row["tokens"]) for row in rows}) == 1 else f", {worst['dtype']}, {worst['tokens']} tokens"
+    place = (
+        "" if len({(row["dtype"], row["tokens"]) for row in rows}) == 1 else f", {worst['dtype']}, {counted(worst['tokens'])}"
+    )
     return f"{reached} of {len(rows)}; least {value(worst):.2f} ({worst['contender']}{place})", reached == len(rows)
 
 
 def _shares(ours: list[Row], tokens: int, share: float) -> Iterator[Verdict]:
-    claim = f"{tokens} token{'s' if tokens > 1 else ''}, {DTYPE}: time at most floor / {share:.2f}"
+    claim = f"{counted(tokens)}, {DTYPE}: time at most floor / {share:.2f}"
     chosen = [row for row in ours if row["tokens"] == tokens and row["dtype"] == DTYPE]
     for shape, rows in _by_shape(chosen):
         yield Verdict(claim, shape, *_counted(rows, lambda row: row["share_of_floor"], share))
@@ -83,9 +90,9 @@ def _savings(ours: list[Row]) -> Iterator[Verdict]:
         shares = {}
         for row in rows:
             whole = static.get(row["layer"])
-            if row["dynamic"] and whole is not None:
+            if row["saved_ms"] is not None and whole is not None:
                 promised = 1e3 * (whole["bytes"] - row["bytes"]) / row["bandwidth"]
-                shares[row["layer"]] = (whole["median_ms"] - row["median_ms"]) / promised
+                shares[row["layer"]] = row["saved_ms"] / promised
         if shares:
             listed = "; ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
             yield Verdict(claim, shape, listed, min(shares.values()) >= SAVED)
