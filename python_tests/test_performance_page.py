@@ -46,6 +46,13 @@ def test_share_of_the_floor():
     assert not [claim for claim, _ in verdicts([layer_row("uncompressed", dtype="float32")]) if "floor /" in claim]
 
 
+def test_a_wrong_output_does_not_pass_unseen():
+    assert one(LAYER, "every output").holds
+    wrong = layer_row("quality 0.4", note="wrong: differs from x by 1.0e+00", median_ms=None, share_of_floor=None)
+    verdict = one([*LAYER, wrong], "every output")
+    assert (verdict.holds, verdict.numbers) == (False, "quality 0.4, bfloat16, 1 token")
+
+
 def test_speed_on_mixtral():
     assert one(LAYER, "plain: at least 2 times").holds
     verdict = one(LAYER, "throughput 0.6: at least 4 times")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.performance.records import Row
+from d2moe_ext.bench.layer import wrong_rows
 
 # Tokens: the share of the floor that a forward should reach.
 SHARES = {1: 0.75, 64: 0.75, 2048: 0.70}
@@ -36,7 +37,7 @@ def counted(tokens: int) -> str:
 def all_verdicts(rows: list[Row]) -> list[Verdict]:
     """Every claim that the measured rows allow to judge, shape by shape."""
     ours = [row for row in rows if row["kind"] == "native" and row["median_ms"] is not None]
-    verdicts: list[Verdict] = []
+    verdicts = list(_right(rows))
     for tokens, share in SHARES.items():
         verdicts += _shares(ours, tokens, share)
     verdicts += _speeds(ours)
@@ -59,6 +60,14 @@ def _counted(rows: list[Row], value: Callable[[Row], float], least: float) -> tu
         "" if len({(row["dtype"], row["tokens"]) for row in rows}) == 1 else f", {worst['dtype']}, {counted(worst['tokens'])}"
     )
     return f"{reached} of {len(rows)}; least {value(worst):.2f} ({worst['contender']}{place})", reached == len(rows)
+
+
+def _right(rows: list[Row]) -> Iterator[Verdict]:
+    """A wrong output is not timed, so that no other claim would see it."""
+    for shape, found in _by_shape(rows):
+        wrong = [f"{row['contender']}, {row['dtype']}, {counted(row['tokens'])}" for row in wrong_rows(found)]
+        numbers = "; ".join(wrong) or f"{sum(row['relative_error'] is not None for row in found)} compared"
+        yield Verdict("every output is its reference's, but for rounding", shape, numbers, not wrong)
 
 
 def _shares(ours: list[Row], tokens: int, share: float) -> Iterator[Verdict]:
