@@ -44,7 +44,7 @@ def test_help_and_usage_errors_need_no_torch():
     printed = subprocess.run([sys.executable, "-c", code, str(ROOT / "d2moe_ext")], capture_output=True, text=True, check=True)
     assert printed.stdout.splitlines()[-1] == "[0, 0, 2] []"
     assert "Missing option '--ratio'" in printed.stderr
-    for command in ("compress", "eval", "plan", "inspect", "demo"):
+    for command in ("compress", "eval", "plan", "inspect", "bench", "demo"):
         assert command in printed.stdout
 
 

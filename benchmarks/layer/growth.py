@@ -41,6 +41,7 @@ class Size:
     top_k: int = 6
 
 
+START = Size()
 SWEEPS: dict[str, tuple[float, ...]] = {
     "tokens": (1, 4, 16, 64, 256, 1024),
     "experts": (8, 16, 32, 64, 128),
@@ -55,7 +56,7 @@ def measure_growth(
     dtypes: Sequence[str],
     setting: Setting,
     progress: Callable[[str], None],
-    start: Size = Size(),
+    start: Size | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """A row for every point of every sweep, compressed and plain.
 
@@ -63,12 +64,12 @@ def measure_growth(
         dtypes: each is swept.
         setting: floors, rounds and the cache flush.
         progress: called with a line before each point.
-        start: what stays fixed.
+        start: what stays fixed; None: :data:`START`.
     """
     for dtype in dtypes:
         for swept, values in SWEEPS.items():
             for value in values:
-                size = replace(start, **{swept: value})
+                size = replace(start or START, **{swept: value})
                 progress(f"growth with {swept}, {dtype}: {value:g}")
                 contenders = _contenders(size, getattr(torch, dtype), plain=swept in PLAIN_SWEEPS)
                 layout = _view(size).layout

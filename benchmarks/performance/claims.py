@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.performance.records import Row
+from d2moe_ext.bench.layer import wrong_rows
 
 # Tokens: the share of the floor that a forward should reach.
 SHARES = {1: 0.75, 64: 0.75, 2048: 0.70}
@@ -28,10 +29,15 @@ class Verdict:
     holds: bool
 
 
+def counted(tokens: int) -> str:
+    """``1 token``, ``2,048 tokens``."""
+    return f"{tokens:,} token" + ("s" if tokens > 1 else "")
+
+
 def all_verdicts(rows: list[Row]) -> list[Verdict]:
     """Every claim that the measured rows allow to judge, shape by shape."""
     ours = [row for row in rows if row["kind"] == "native" and row["median_ms"] is not None]
-    verdicts: list[Verdict] = []
+    verdicts = list(_right(rows))
     for tokens, share in SHARES.items():
         verdicts += _shares(ours, tokens, share)
     verdicts += _speeds(ours)
@@ -50,12 +56,22 @@ def _counted(rows: list[Row], value: Callable[[Row], float], least: float) -> tu
     """How many rows reach ``least``, and the one that is farthest from it."""
     worst = min(rows, key=value)
     reached = sum(value(row) >= least for row in rows)
-    place = "" if len({(row["dtype"], row["tokens"]) for row in rows}) == 1 else f", {worst['dtype']}, {worst['tokens']} tokens"
+    place = (
+        "" if len({(row["dtype"], row["tokens"]) for row in rows}) == 1 else f", {worst['dtype']}, {counted(worst['tokens'])}"
+    )
     return f"{reached} of {len(rows)}; least {value(worst):.2f} ({worst['contender']}{place})", reached == len(rows)
 
 
+def _right(rows: list[Row]) -> Iterator[Verdict]:
+    """A wrong output is not timed, so that no other claim would see it."""
+    for shape, found in _by_shape(rows):
+        wrong = [f"{row['contender']}, {row['dtype']}, {counted(row['tokens'])}" for row in wrong_rows(found)]
+        numbers = "; ".join(wrong) or f"{sum(row['relative_error'] is not None for row in found)} compared"
+        yield Verdict("every output is its reference's, but for rounding", shape, numbers, not wrong)
+
+
 def _shares(ours: list[Row], tokens: int, share: float) -> Iterator[Verdict]:
-    claim = f"{tokens} token{'s' if tokens > 1 else ''}, {DTYPE}: time at most floor / {share:.2f}"
+    claim = f"{counted(tokens)}, {DTYPE}: time at most floor / {share:.2f}"
     chosen = [row for row in ours if row["tokens"] == tokens and row["dtype"] == DTYPE]
     for shape, rows in _by_shape(chosen):
         yield Verdict(claim, shape, *_counted(rows, lambda row: row["share_of_floor"], share))
@@ -83,9 +99,9 @@ def _savings(ours: list[Row]) -> Iterator[Verdict]:
         shares = {}
         for row in rows:
             whole = static.get(row["layer"])
-            if row["dynamic"] and whole is not None:
+            if row["saved_ms"] is not None and whole is not None:
                 promised = 1e3 * (whole["bytes"] - row["bytes"]) / row["bandwidth"]
-                shares[row["layer"]] = (whole["median_ms"] - row["median_ms"]) / promised
+                shares[row["layer"]] = row["saved_ms"] / promised
         if shares:
             listed = "; ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
             yield Verdict(claim, shape, listed, min(shares.values()) >= SAVED)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layer.growth import TOLERATED, exponents
-from benchmarks.performance.claims import all_verdicts
+from benchmarks.layer.growth import TOLERATED, Size, exponents
+from benchmarks.performance.claims import all_verdicts, counted
 from benchmarks.performance.records import GROWTH, LAYER, Row, rows_of
 
 NOTES = Path(__file__).parent / "notes"
@@ -18,8 +19,8 @@ _LAYERS = """## One layer
 
 A cell gives the median time in ms, the ratio to the best of transformers' contenders (above 1 is faster; the median over rounds
 in which both ran), and the floor's share of the time (1 is the best this machine could do). Contenders run in turn on the
-same inputs and weights, with cold caches and several routings. Where a layer's contenders do not fit into memory together,
-each group ran with transformers' own beside it; the first group's are shown."""
+same inputs, and on the same weights where they compute the same layer, with cold caches and several routings. Where a layer's
+contenders do not fit into memory together, each group ran with transformers' own beside it; the first group's are shown."""
 
 
 def write_page(records: Sequence[dict[str, Any]], path: Path, notes: Path = NOTES) -> None:
@@ -28,6 +29,7 @@ def write_page(records: Sequence[dict[str, Any]], path: Path, notes: Path = NOTE
     from benchmarks.performance.plots import draw_growth, draw_layers
 
     folder = path.with_suffix("")
+    path.parent.mkdir(parents=True, exist_ok=True)
     images: dict[str, str] = {}
     for kind, draw in ((LAYER, draw_layers), (GROWTH, draw_growth)):
         rows = rows_of(records, kind)
@@ -109,7 +111,7 @@ def _layer_table(rows: list[Row]) -> str:
         first.setdefault((row["contender"], row["tokens"]), row)
     names = dict.fromkeys(row["contender"] for row in rows)
     lines = [[name, *(_cell(first.get((name, count))) for count in tokens)] for name in names]
-    return _table(["contender", *(f"{count:,} token{'s' if count > 1 else ''}" for count in tokens)], lines)
+    return _table(["contender", *(f"{counted(count)}" for count in tokens)], lines)
 
 
 def _cell(row: Row | None) -> str:
@@ -121,17 +123,17 @@ def _cell(row: Row | None) -> str:
 
 def _digits(value: float) -> str:
     """Three digits, more before the point where there are."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def _remarks(rows: list[Row]) -> str:
     """Why cells are empty."""
-    notes = dict.fromkeys(f"- {row['contender']}, {row['tokens']} tokens: {row['note']}" for row in rows if row["note"])
+    notes = dict.fromkeys(f"- {row['contender']}, {counted(row['tokens'])}: {row['note']}" for row in rows if row["note"])
     return "\n\n" + "\n".join(notes) if notes else ""
 
 
 def _growth(rows: list[Row]) -> str:
-    fixed = {name: rows[0][name] for name in ("hidden_size", "intermediate_size", "top_k")}
+    fixed = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in _fixed(rows).items())
     lines = []
     for fit in exponents(rows):
         first, last = fit["points"][0], fit["points"][-1]
@@ -142,10 +144,20 @@ def _growth(rows: list[Row]) -> str:
     head = ["layer", "dtype", "swept", "from, to", "ms", "exponent of time", "of the floor", ""]
     return f"""## Growth
 
-Each size swept with the rest fixed (hidden {fixed["hidden_size"]}, intermediate {fixed["intermediate_size"]}, {fixed["top_k"]}
-experts a token), time and floor fitted to `c · size^a`. An exponent more than {TOLERATED:g} above the floor's is marked.
+Each size swept with the rest fixed ({fixed}; *kept* is the share of the base's columns that is stored), time and
+floor fitted to `c · size^a`. An exponent more than {TOLERATED:g} above the floor's is marked.
 
 {_table(head, lines)}"""
+
+
+def _fixed(rows: list[Row]) -> dict[str, float]:
+    """What each size is while another is swept."""
+    fixed = {}
+    for name in (field.name for field in fields(Size)):
+        values = [row[name] for row in rows if row["swept"] != name]
+        if values:
+            fixed[name] = values[0]
+    return fixed
 
 
 def _any_table(rows: Sequence[dict[str, Any]]) -> str:

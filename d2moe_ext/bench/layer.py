@@ -82,6 +82,7 @@ def measure_cell(contenders: Sequence[Contender], inputs: Sequence[Routed], sett
         row |= {"layer": c.layer, "dynamic": c.dynamic, "note": notes[c.name], "relative_error": errors.get(c.name)}
         row |= _floor(c, inputs, setting.floors)
         row |= _times(seconds.get(c.name), seconds.get(best or ""), best, row["floor_ms"])
+        row["saved_ms"] = _saved(c, contenders, seconds)
         rows.append(row | {"threads": setting.floors.threads})
     return rows
 
@@ -135,6 +136,16 @@ def _floor(contender: Contender, inputs: Sequence[Routed], floors: Floors) -> di
         "flops": round(statistics.mean(cost.flops for cost in costs)),
         "floor_ms": 1e3 * statistics.mean(floors.seconds(cost, _dtype(inputs)) for cost in costs),
     }
+
+
+def _saved(contender: Contender, contenders: Sequence[Contender], seconds: dict[str, list[float]]) -> float | None:
+    """What pruning by the batch takes off the same layer's time, in ms: the median over rounds of the difference."""
+    same = (contender.layer, contender.kind)
+    static = [c.name for c in contenders if not c.dynamic and (c.layer, c.kind) == same and c.name in seconds]
+    if not contender.dynamic or contender.name not in seconds or not static:
+        return None
+    pairs = zip(seconds[static[0]], seconds[contender.name], strict=True)
+    return 1e3 * statistics.median(whole - pruned for whole, pruned in pairs)
 
 
 def _times(mine: list[float] | None, best: list[float] | None, best_name: str | None, floor_ms: float) -> dict[str, Any]:

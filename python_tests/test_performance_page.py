@@ -1,0 +1,152 @@
+"""The page of times says what the saved results say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from bench_helpers import layer_row, record
+
+from benchmarks.performance import __main__ as program
+from benchmarks.performance.claims import all_verdicts
+from benchmarks.performance.page import page, write_page
+from benchmarks.performance.records import read_records, rows_of
+
+LAYER = [
+    layer_row("eager", share_of_floor=0.4, median_ms=20.0),
+    layer_row("uncompressed", speed_over_hf=2.1),
+    layer_row("throughput 0.6", speed_over_hf=4.5, bytes=900_000, floor_ms=3.0),
+    layer_row("throughput 0.6, dynamic", speed_over_hf=3.9, bytes=700_000, saved_ms=0.19, share_of_floor=0.7, floor_ms=3.0),
+]
+GROWTH = [
+    {
+        "shape": "growth", "swept": "rank", "value": n, "tokens": 64, "experts": 64, "rank": n, "kept": 0.75,
+        "hidden_size": 2048, "intermediate_size": 1408, "top_k": 6, "dtype": "bfloat16", "contender": "compressed",
+        "kind": "native", "median_ms": float(n * n), "floor_ms": float(n), "note": None,
+    }
+    for n in (16, 32)
+]  # fmt: skip
+
+
+def verdicts(rows):
+    return {(verdict.claim, verdict.shape): verdict for verdict in all_verdicts(rows_of([record("layer", rows)], "layer"))}
+
+
+def one(rows, part):
+    (found,) = [verdict for (claim, _), verdict in verdicts(rows).items() if part in claim]
+    return found
+
+
+def test_share_of_the_floor():
+    verdict = one(LAYER, "1 token, bfloat16: time at most floor / 0.75")
+    assert (verdict.holds, verdict.numbers) == (False, "2 of 3; least 0.70 (throughput 0.6, dynamic)")
+    assert one(LAYER[:3], "floor / 0.75").holds
+    many = [layer_row("uncompressed", tokens=2048, share_of_floor=0.71)]
+    assert one(many, "2,048 tokens, bfloat16: time at most floor / 0.70").holds
+    assert not [claim for claim, _ in verdicts([layer_row("uncompressed", dtype="float32")]) if "floor /" in claim]
+
+
+def test_a_wrong_output_does_not_pass_unseen():
+    assert one(LAYER, "every output").holds
+    wrong = layer_row("quality 0.4", note="wrong: differs from x by 1.0e+00", median_ms=None, share_of_floor=None)
+    verdict = one([*LAYER, wrong], "every output")
+    assert (verdict.holds, verdict.numbers) == (False, "quality 0.4, bfloat16, 1 token")
+
+
+def test_speed_on_mixtral():
+    assert one(LAYER, "plain: at least 2 times").holds
+    verdict = one(LAYER, "throughput 0.6: at least 4 times")
+    assert (verdict.holds, verdict.numbers) == (False, "1 of 2; least 3.90 (throughput 0.6, dynamic)")
+    assert not [claim for claim, _ in verdicts([row | {"shape": "other"} for row in LAYER]) if "times as fast" in claim]
+
+
+def test_what_dynamic_pruning_saves():
+    # 200,000 bytes at 1 GB/s are 0.2 ms, of which 0.19 ms are saved.
+    verdict = one(LAYER, "dynamic pruning")
+    assert (verdict.holds, verdict.numbers) == (True, "throughput 0.6: 0.95")
+    assert not one([*LAYER[:3], LAYER[3] | {"saved_ms": 0.15}], "dynamic pruning").holds
+
+
+def test_faster_where_floors_say_so():
+    # The plain floor is 8 ms: 2.7 times that of the compressed layer, and the uncompressed layer's own.
+    verdict = one(LAYER, "wherever floors say")
+    assert (verdict.holds, verdict.numbers) == (True, "2 of 2; least 3.90 (throughput 0.6, dynamic)")
+    slower = [*LAYER[:2], LAYER[2] | {"speed_over_hf": 0.9}]
+    assert not one(slower, "wherever floors say").holds
+    assert not [claim for claim, _ in verdicts([*LAYER[:2], LAYER[2] | {"floor_ms": 7.0}]) if "wherever" in claim]
+
+
+def test_plain_is_never_much_slower():
+    rows = [LAYER[0], layer_row(speed_over_hf=0.98), layer_row(speed_over_hf=0.96, tokens=8, dtype="float32")]
+    verdict = one(rows, "uncompressed: never below")
+    assert (verdict.holds, verdict.numbers) == (False, "1 of 2; least 0.96 (uncompressed, float32, 8 tokens)")
+    assert one(rows[:2], "uncompressed: never below").holds
+
+
+def test_page(tmp_path):
+    skipped = layer_row("batched_mm", note="skipped: too large", median_ms=None, share_of_floor=None, speed_over_hf=None)
+    again = LAYER[0] | {"group": 1, "median_ms": 99.0}
+    model = record("model", [{"model": "a|b", "tokens_per_second": 12.345, "patched": True, "count": 3000, "note": None}])
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "claims.md").write_text("What was out of reach.\n")
+    records = [record("layer", [*LAYER, skipped, again]), record("growth", GROWTH), model]
+    text = page(records, {"layer": "![layer](performance/layer.png)"}, notes)
+    assert "| eager | 20.0 · 1.00× · 0.40 |" in text
+    assert "| batched_mm | – |" in text
+    assert "- batched_mm, 1 token: skipped: too large" in text
+    assert "99.0" not in text
+    assert "What was out of reach." in text
+    assert "![layer](performance/layer.png)" in text
+    assert "- floors: 1.0 GB/s (sum of float32); 1 GFLOP/s in float32; 2 GFLOP/s in bfloat16" in text
+    assert (
+        "| compressed | bfloat16 | rank | 16 to 32 | 256.00 to 1024.00 | 2.00 | 1.00 | **exceeds the floor's by 1.00** |"
+        in text
+    )
+    assert "rank 16" not in text
+    assert "| model | tokens per second | patched | count | note |" in text
+    assert "| a\\|b | 12.3 | True | 3,000 | – |" in text
+
+
+def test_write_page(tmp_path):
+    write_page([record("layer", LAYER), record("growth", GROWTH)], tmp_path / "docs" / "performance.md")
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    assert text.startswith("# Performance\n\nGenerated by")
+    for kind in ("layer", "growth"):
+        assert (tmp_path / "docs" / "performance" / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"![{kind}](performance/{kind}.png)" in text
+
+
+def save(folder, name, value):
+    (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def run_program(monkeypatch, folder):
+    monkeypatch.setattr("sys.argv", ["performance", "--results", str(folder), "--write", str(folder / "page.md")])
+    return program.main()
+
+
+def test_program(tmp_path, monkeypatch, capsys):
+    assert run_program(monkeypatch, tmp_path) == 2
+    assert "--results must be a folder with saved results" in capsys.readouterr().err
+    save(tmp_path, "a.json", record("layer", LAYER))
+    model = record("model", [{"model": "x"}])
+    save(tmp_path, "b.json", {key: value for key, value in model.items() if key not in ("kind", "floors", "versions")})
+    assert run_program(monkeypatch, tmp_path) == 0
+    assert "## Whole models" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{", "b.json must be JSON"),
+        ({"machine": "", "command": "", "date": ""}, "b.json must have the entries machine, command, date, rows, got none"),
+        ([], "b.json must have the entries"),
+        (record("layer", LAYER[:1]), "Results must hold every cell once, got Mixtral-8x7B, bfloat16, 1, eager twice."),
+    ],
+)
+def test_records_that_cannot_stand_on_one_page(tmp_path, value, message):
+    save(tmp_path, "a.json", record("layer", LAYER))
+    save(tmp_path, "b.json", value)
+    with pytest.raises(ValueError, match=message):
+        read_records(tmp_path)
