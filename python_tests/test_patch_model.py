@@ -70,6 +70,19 @@ def test_a_compressed_model_changes_its_backend_and_back(family):
     assert torch.equal(logits(model), expected)
 
 
+def test_bases_that_are_pruned_by_the_batch_are_laid_out_by_channel_and_back():
+    model = compressed_model("mixtral", **MIXED)
+    bases = [(p, p.detach().clone()) for n, p in model.named_parameters() if n.endswith("_base")]
+    assert all(base.is_contiguous() for base, _ in bases)
+    patch_model(model)
+    assert all(base.stride(1) == 1 and base.stride(2) == base.shape[1] for base, _ in bases)
+    assert all(torch.equal(base, before) for base, before in bases)
+    unpatch_model(model)
+    assert all(base.is_contiguous() and torch.equal(base, before) for base, before in bases)
+    model = patch_model(compressed_model("mixtral", num_bases=2, pruned=3))
+    assert all(p.is_contiguous() for n, p in model.named_parameters() if n.endswith("_base"))
+
+
 @pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoints_layers_in_a_plain_model_and_back(family, max_shard_size, tmp_path):

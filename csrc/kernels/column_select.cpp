@@ -58,8 +58,8 @@ inline uint32_t descending_key(float score) {
   return (bits & 0x80000000u) != 0 ? bits : ~(bits | 0x80000000u);
 }
 
-// The `rank`-th smallest key (from 0), digit by digit from the top: of each digit those keys are counted that agree with
-// the answer in all digits before. `rank` becomes the number of keys that are equal to it and come before.
+// The `rank`-th smallest key (from 0), digit by digit from the top: of each digit those keys are counted that agree
+// with the answer in all digits before. `rank` becomes the number of keys that are equal to it and come before.
 uint32_t nth_key(const std::vector<uint32_t>& keys, int64_t& rank) {
   constexpr int kDigit = 11;
   uint32_t answer = 0, known = 0;

@@ -47,21 +47,21 @@ struct Relu2 {
 };
 
 // One function for each activation, so that each is compiled for every instruction set.
-#define D2MOE_DEFINE_ACTIVATION(name, Act)                                                                  \
-  D2MOE_VECTOR_CLONES void name##_separate(const float* gate_up, int64_t count, float scale, float* values) { \
-    for (int64_t j = 0; j < count; ++j) {                                                                   \
-      values[j] = scale * (Act()(gate_up[j]) * gate_up[count + j]);                                         \
-    }                                                                                                       \
-  }                                                                                                         \
+#define D2MOE_DEFINE_ACTIVATION(name, Act)                                                                       \
+  D2MOE_VECTOR_CLONES void name##_separate(const float* gate_up, int64_t count, float scale, float* values) {    \
+    for (int64_t j = 0; j < count; ++j) {                                                                        \
+      values[j] = scale * (Act()(gate_up[j]) * gate_up[count + j]);                                              \
+    }                                                                                                            \
+  }                                                                                                              \
   D2MOE_VECTOR_CLONES void name##_interleaved(const float* gate_up, int64_t count, float scale, float* values) { \
-    for (int64_t j = 0; j < count; ++j) {                                                                   \
-      values[j] = scale * (Act()(gate_up[2 * j]) * gate_up[2 * j + 1]);                                     \
-    }                                                                                                       \
-  }                                                                                                         \
-  D2MOE_VECTOR_CLONES void name##_alone(int64_t count, float scale, float* values) {                        \
-    for (int64_t j = 0; j < count; ++j) {                                                                   \
-      values[j] = scale * Act()(values[j]);                                                                 \
-    }                                                                                                       \
+    for (int64_t j = 0; j < count; ++j) {                                                                        \
+      values[j] = scale * (Act()(gate_up[2 * j]) * gate_up[2 * j + 1]);                                          \
+    }                                                                                                            \
+  }                                                                                                              \
+  D2MOE_VECTOR_CLONES void name##_alone(int64_t count, float scale, float* values) {                             \
+    for (int64_t j = 0; j < count; ++j) {                                                                        \
+      values[j] = scale * Act()(values[j]);                                                                      \
+    }                                                                                                            \
   }
 
 D2MOE_DEFINE_ACTIVATION(silu, Silu)

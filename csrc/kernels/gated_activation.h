@@ -7,7 +7,8 @@ namespace d2moe::kernels {
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu2 };
 
-// gate and up stand one after the other, [count] each, or alternate if `interleaved`; values [count] may be gate's place.
+// gate and up stand one after the other, [count] each, or alternate if `interleaved`; values [count] may be gate's
+// place.
 void gated_activation(Activation activation, const float* gate_up, int64_t count, bool interleaved, float scale,
                       float* values);
 

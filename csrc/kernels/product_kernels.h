@@ -1,21 +1,23 @@
 // Products of a weight matrix [out, in] with a few or many rows x, in float32, added to what stands in the output:
 //
 //   multiply_rows       out[m][n] += sum_k x[m][k] W[n][k]             W by row: the channels of an output contiguous
-//   multiply_channels   out[m][n] += sum_j x[m][j] W[channels[j]][n]   W by channel: the outputs of a channel contiguous
+//   multiply_channels   out[m][n] += sum_j x[m][j] W[channels[j]][n]   W by channel: the outputs of a channel
+//   contiguous
 //
 // Rows are dot products and read all of W; by channel, what is not listed is not read. Both read each weight once and
-// convert it in registers. A row's result depends on nothing but x, W and the instruction set: not on how many rows
-// there are, which outputs a call covers (if it begins at a multiple of kOutputStep), or the thread.
+// convert it in registers. A row's result depends on x, W, the instruction set and how many rows there are, but not on
+// the thread or on which outputs a call covers, if it begins at a multiple of kOutputStep.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/element_type.h"
+#include "kernels/tuning_cpu.h"  // what product_loops.h, which includes nothing, is tuned by
 
 namespace d2moe::kernels {
 
 struct RowProduct {
-  const void* weights;   // row n at n * stride elements
+  const void* weights;  // row n at n * stride elements
   int64_t stride;
   int64_t num_inputs;    // K
   const void* const* x;  // [num_rows] pointers to K elements of the kernels' input_type

@@ -1,8 +1,6 @@
-#include "kernels/product_kernels.h"
-
 #include <type_traits>
 
-#include "kernels/tuning_cpu.h"
+#include "kernels/product_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -39,8 +37,8 @@ struct Avx2 {
   static constexpr int kWideRows = 1;
   static constexpr int kChannelRows = 2;
   static constexpr int kPackedRows = 6;
-  static constexpr int64_t kManyRows = 12;
-  static constexpr int64_t kManyRowsByRow = 48;
+  static constexpr int64_t kManyRows = tuning::kManyRowsByChannel;
+  static constexpr int64_t kManyRowsByRow = tuning::kManyRowsByRow;
   static constexpr int kSteps = 4;
 
   static Vector zero() { return _mm256_setzero_ps(); }

@@ -1,8 +1,6 @@
-#include "kernels/product_kernels.h"
-
 #include <type_traits>
 
-#include "kernels/tuning_cpu.h"
+#include "kernels/product_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -15,7 +13,8 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif

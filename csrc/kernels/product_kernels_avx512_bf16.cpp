@@ -1,9 +1,7 @@
 // bfloat16 weights and x, two products at a time; other weights as in product_kernels_avx512.cpp.
-#include "kernels/product_kernels.h"
-
 #include <type_traits>
 
-#include "kernels/tuning_cpu.h"
+#include "kernels/product_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 

@@ -1,10 +1,7 @@
 // Plain loops over arrays of eight floats, which a compiler turns into whatever vectors its target has.
-#include "kernels/product_kernels.h"
-
 #include <type_traits>
 
-#include "kernels/tuning_cpu.h"
-
+#include "kernels/product_kernels.h"
 #include "kernels/product_loops.h"
 
 namespace d2moe::kernels {

@@ -73,8 +73,7 @@ void BaseInputs::take_rows(int64_t base, int64_t begin, int64_t end, bool select
   int64_t count = group_.kept();
   uint8_t* keeps = nullptr;  // where the base's channels are not apart: what is not selected is multiplied as zero
   if (group_.prunes_dynamically()) {
-    const int32_t* selected =
-        select_columns(group_, base, rows_.from(begin), end - begin, input_type_, source_width_);
+    const int32_t* selected = select_columns(group_, base, rows_.from(begin), end - begin, input_type_, source_width_);
     if (selects) {
       int32_t* chosen = workspace().take<int32_t>(group_.keep);
       for (int64_t j = 0; j < group_.keep; ++j) {

@@ -7,8 +7,8 @@
 
 namespace d2moe {
 
-// Rows of a source at each base's columns; with dynamic pruning only those that the rows' scores select (eq. 9). They are
-// numbered as the base rows of a routing.
+// Rows of a source at each base's columns; with dynamic pruning only those that the rows' scores select (eq. 9). They
+// are numbered as the base rows of a routing.
 class BaseInputs {
  public:
   // Base row i comes from source row source_row[i] (nullptr: i); the source is source_width wide.

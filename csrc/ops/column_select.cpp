@@ -12,9 +12,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <limits>
 #include <optional>
-#include <cstddef>
 #include <tuple>
 #include <vector>
 
@@ -71,11 +71,10 @@ std::tuple<at::Tensor, at::Tensor> column_select_cpu(const at::Tensor& hidden_st
     rows[t] = static_cast<const std::byte*>(x.const_data_ptr()) + t * x.stride(0) * x.element_size();
   }
   std::vector<double> squares(in, 0.0);
-  at::parallel_for(0, in, std::max<int64_t>(64, kGrain / std::max<int64_t>(num_tokens, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     kernels::accumulate_column_squares(rows.data(), element_type(x), num_tokens, begin, end,
-                                                        squares.data());
-                   });
+  at::parallel_for(
+      0, in, std::max<int64_t>(64, kGrain / std::max<int64_t>(num_tokens, 1)), [&](int64_t begin, int64_t end) {
+        kernels::accumulate_column_squares(rows.data(), element_type(x), num_tokens, begin, end, squares.data());
+      });
   at::Tensor scores = at::empty({num_columns}, column_norms.options());
   at::Tensor selected = at::empty({keep}, column_norms.options().dtype(at::kInt));
   const at::Tensor norms = column_norms.contiguous();

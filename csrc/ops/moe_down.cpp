@@ -2,8 +2,9 @@
 //
 //   y[t] = sum_b base[b] (sum_{e of b} g h[t, e]) + sum_e (U[e] (V[e] g h[t, e]) + g bias[e])          [T, H]
 //
-// Down is linear, so weights come first: h is weighted when it is rounded, and all else adds up in float32 for a block of
-// tokens and outputs, rounded once. Where pairs share a base, their sum is rounded once more, as its input; V g h is, too.
+// Down is linear, so weights come first: h is weighted when it is rounded, and all else adds up in float32 for a block
+// of tokens and outputs, rounded once. Where pairs share a base, their sum is rounded once more, as its input; V g h
+// is, too.
 #include <algorithm>
 #include <optional>
 #include <utility>

@@ -144,7 +144,7 @@ at::Tensor moe_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& to
       kernels::store_row(sums.sums[m], count, input_type, row + sums.begin * size_of(input_type));
     }
   };
-  const OutputOrder order = !plan.gated  ? OutputOrder::kPlain
+  const OutputOrder order = !plan.gated   ? OutputOrder::kPlain
                             : interleaved ? OutputOrder::kAlternating
                                           : OutputOrder::kHalves;
   const at::ArrayRef<Delta> all_deltas(deltas);
@@ -172,8 +172,8 @@ at::Tensor combine_pairs(const at::Tensor& source, bool row_per_pair, const at::
                          elements + (pair * group.out_features() + sums.begin) * size_of(type));
     }
   };
-  multiply_pairs({rows_of(x, kernels::product_kernels(type).input_type), x.size(1), row_per_pair}, routing, group, deltas,
-                 OutputOrder::kPlain, store);
+  multiply_pairs({rows_of(x, kernels::product_kernels(type).input_type), x.size(1), row_per_pair}, routing, group,
+                 deltas, OutputOrder::kPlain, store);
   return output;
 }
 

@@ -91,8 +91,8 @@ kernels::MoeRouting route(const at::Tensor& top_k_index, const BaseGroup& group,
 // Calls function(begin, end) on ranges of rows in parallel, each thread with some 16k elements at least.
 void parallel_rows(int64_t num_rows, int64_t row_width, const std::function<void(int64_t, int64_t)>& function);
 
-// y [T, H] = sum over experts of weight * down(h), into `output`. weighted: weight * h of each sorted pair, `width` wide,
-// in the input type of the products; weights [T * k], for the bias. delta may be nullptr.
+// y [T, H] = sum over experts of weight * down(h), into `output`. weighted: weight * h of each sorted pair, `width`
+// wide, in the input type of the products; weights [T * k], for the bias. delta may be nullptr.
 void weighted_down(Rows weighted, int64_t width, const kernels::MoeRouting& routing, const float* weights,
                    const BaseGroup& group, const Delta* delta, const at::Tensor& output);
 

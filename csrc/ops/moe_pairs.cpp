@@ -1,17 +1,18 @@
 // The products of every (token, expert) pair on the CPU, [pairs, R], and what becomes of them.
 //
 // First bases multiply their rows, and V's theirs, all in one go over the threads; then block by block, for some of an
-// expert's pairs and some of their outputs, base, bias and U V x come together in float32, and finish() takes them while
-// they are in the cache. A base that no two pairs share is multiplied there, too.
+// expert's pairs and some of their outputs, base, bias and U V x come together in float32, and finish() takes them
+// while they are in the cache. A base that no two pairs share is multiplied there, too.
 //
-// Error: V x, the base's product where pairs share it, and what finish() stores are rounded once to the products' or the
-// forward's dtype; all else is in float32.
+// Error: V x, the base's product where pairs share it, and what finish() stores are rounded once to the products' or
+// the forward's dtype; all else is in float32.
+#include "ops/moe_pairs.h"
+
 #include <algorithm>
 #include <optional>
 
 #include "kernels/row_conversion.h"
 #include "ops/base_inputs.h"
-#include "ops/moe_pairs.h"
 
 namespace d2moe {
 

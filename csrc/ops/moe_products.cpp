@@ -61,9 +61,8 @@ void multiply_int8(const Matrix& w, const kernels::ProductKernels& kernels, cons
   const Workspace::Frame frame(workspace());
   const auto* source = static_cast<const int8_t*>(w.data);
   const int64_t width = w.by_channel ? end - begin : w.num_inputs;  // of what is made of one row or channel
-  const int64_t step =
-      std::max<int64_t>(kernels::kOutputStep, tuning::kWidenedElements / std::max<int64_t>(1, width) /
-                                                  kernels::kOutputStep * kernels::kOutputStep);
+  const int64_t step = std::max<int64_t>(kernels::kOutputStep, tuning::kWidenedElements / std::max<int64_t>(1, width) /
+                                                                   kernels::kOutputStep * kernels::kOutputStep);
   const int64_t first = w.by_channel ? 0 : begin, last = w.by_channel ? w.num_inputs : end;
   auto* widened = workspace().take<std::byte>(step * width * size_of(w.type));
   const void** x_part = workspace().take<const void*>(num_rows);
@@ -103,8 +102,12 @@ Matrix base_matrix(const BaseGroup& group, int64_t base) {
   const bool by_channel = group.base.stride(2) != 1 && group.base.stride(1) == 1;
   const ElementType type = element_type_of(group.base);
   const auto* data = static_cast<const std::byte*>(group.base.const_data_ptr());
-  return {data + base * group.base.stride(0) * size_of(type), type,          false, by_channel,
-          group.base.stride(by_channel ? 2 : 1),              group.kept()};
+  return {data + base * group.base.stride(0) * size_of(type),
+          type,
+          false,
+          by_channel,
+          group.base.stride(by_channel ? 2 : 1),
+          group.kept()};
 }
 
 namespace {
@@ -116,7 +119,9 @@ Matrix factor(const at::Tensor& tensor, ElementType type, int64_t element, bool 
   return {data + element * tensor.element_size(), type, int8, by_channel, stride, num_inputs};
 }
 
-ElementType type_of(const Delta& delta) { return element_type_of(delta.u_scale.has_value() ? *delta.u_scale : delta.u); }
+ElementType type_of(const Delta& delta) {
+  return element_type_of(delta.u_scale.has_value() ? *delta.u_scale : delta.u);
+}
 
 }  // namespace
 
@@ -172,8 +177,8 @@ void BlockList::add(int64_t job, int64_t num_rows, int64_t num_outputs) {
   const int64_t width = ((num_outputs + parts - 1) / parts + kStep - 1) / kStep * kStep;
   for (int64_t row = 0; row < num_rows; row += tuning::kRowsPerBlock) {
     for (int64_t begin = 0; begin < num_outputs; begin += width) {
-      blocks_.push_back({job, row, std::min(row + tuning::kRowsPerBlock, num_rows), begin,
-                         std::min(begin + width, num_outputs)});
+      blocks_.push_back(
+          {job, row, std::min(row + tuning::kRowsPerBlock, num_rows), begin, std::min(begin + width, num_outputs)});
     }
   }
 }
@@ -248,9 +253,8 @@ void Projections::run(const Block& block, int64_t first_job) const {
   float* const* sums = own.rows;
   const Matrix v = v_matrix(delta_, expert);
   v.multiply(stored_inputs(expert, first, num_rows), num_rows, block.begin, block.end, sums);
-  const float* v_scale = delta_.v_scale.has_value()
-                             ? load_scales(*delta_.v_scale, pivots == nullptr ? v_start : u_start, width)
-                             : nullptr;
+  const float* v_scale =
+      delta_.v_scale.has_value() ? load_scales(*delta_.v_scale, pivots == nullptr ? v_start : u_start, width) : nullptr;
   const float* u_scale = delta_.u_scale.has_value() ? load_scales(*delta_.u_scale, u_start, width) : nullptr;
   for (int64_t m = 0; m < num_rows; ++m) {
     if (v_scale != nullptr) {

@@ -1,5 +1,5 @@
-// What the halves of moe_forward on the CPU multiply: rows of x, matrices however they are stored, and the blocks of work
-// that threads share out.
+// What the halves of moe_forward on the CPU multiply: rows of x, matrices however they are stored, and the blocks of
+// work that threads share out.
 #pragma once
 
 #include <functional>
@@ -18,8 +18,8 @@ struct Rows {
   const void* const* from(int64_t i) const { return data + i; }
 };
 
-// Rows of a workspace, and pointers to them. Their distance is an odd number of cache lines, as rows that are a multiple
-// of a page apart would all want the same few lines of the first-level cache.
+// Rows of a workspace, and pointers to them. Their distance is an odd number of cache lines, as rows that are a
+// multiple of a page apart would all want the same few lines of the first-level cache.
 struct OwnRows {
   void** data;
   OwnRows(int64_t count, int64_t width, kernels::ElementType type);

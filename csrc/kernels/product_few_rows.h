@@ -1,0 +1,222 @@
+// Products of a few rows of x: weights pass through registers on their way from memory. Part of product_loops.h.
+namespace d2moe::kernels {
+namespace {
+
+// `first` tells the rows of x that read these weights first, from memory: they call for the next tile's ahead of time.
+template <typename Isa, int M, int N, bool first>
+inline void multiply_row_tile(const typename Isa::Input* const* x, int64_t x_begin, const typename Isa::Weight* w,
+                              int64_t stride, int64_t length, float* const* out, int64_t n) {
+  constexpr int64_t kStep = int64_t{Isa::kLanes} * Isa::kDepth;
+  typename Isa::Vector sums[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      sums[m][i] = Isa::zero();
+    }
+  }
+  int64_t k = 0;
+  for (; k + kStep <= length; k += kStep) {
+    typename Isa::Operand weights[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      weights[i] = Isa::load(w + i * stride + k);
+      if constexpr (first) {
+        __builtin_prefetch(w + (i + N) * stride + k);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const typename Isa::Operand input = Isa::load(x[m] + x_begin + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        sums[m][i] = Isa::multiply_add(weights[i], input, sums[m][i]);
+      }
+    }
+  }
+  if (k < length) {
+    for (int m = 0; m < M; ++m) {
+      const typename Isa::Operand input = Isa::load_part(x[m] + x_begin + k, length - k);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        sums[m][i] = Isa::multiply_add(Isa::load_part(w + i * stride + k, length - k), input, sums[m][i]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    Isa::template add_totals<N>(sums[m], out[m] + n);
+  }
+}
+
+// All outputs begin to end of M rows, for inputs x_begin to x_begin + length.
+template <typename Isa, int M, bool first>
+inline void multiply_row_panel(const RowProduct& p, const typename Isa::Input* const* x, float* const* out,
+                               int64_t x_begin, int64_t length, int64_t begin, int64_t end) {
+  constexpr int kWide = M <= Isa::kWideRows ? 8 : 4;
+  const auto* weights = static_cast<const typename Isa::Weight*>(p.weights) + x_begin;
+  int64_t n = begin;
+  for (; n + kWide <= end; n += kWide) {
+    multiply_row_tile<Isa, M, kWide, first>(x, x_begin, weights + n * p.stride, p.stride, length, out, n - p.begin);
+  }
+  for (; n < end; ++n) {
+    multiply_row_tile<Isa, M, 1, false>(x, x_begin, weights + n * p.stride, p.stride, length, out, n - p.begin);
+  }
+}
+
+template <typename Isa, bool first>
+inline void multiply_row_block(const RowProduct& p, int64_t row, int64_t x_begin, int64_t length, int64_t begin,
+                               int64_t end) {
+  const auto* const* x = reinterpret_cast<const typename Isa::Input* const*>(p.x) + row;
+  float* const* out = p.out + row;
+  const int64_t rows = p.num_rows - row < Isa::kRowTile ? p.num_rows - row : Isa::kRowTile;
+  switch (rows) {
+    case 1:
+      return multiply_row_panel<Isa, 1, first>(p, x, out, x_begin, length, begin, end);
+    case 2:
+      return multiply_row_panel<Isa, 2, first>(p, x, out, x_begin, length, begin, end);
+    case 3:
+      return multiply_row_panel<Isa, 3, first>(p, x, out, x_begin, length, begin, end);
+    case 4:
+      return multiply_row_panel<Isa, 4, first>(p, x, out, x_begin, length, begin, end);
+    case 5:
+      return multiply_row_panel<Isa, 5, first>(p, x, out, x_begin, length, begin, end);
+    default:
+      return multiply_row_panel<Isa, 6, first>(p, x, out, x_begin, length, begin, end);
+  }
+}
+
+template <typename Isa>
+inline void multiply_row_panels(const RowProduct& p) {
+  constexpr int64_t kBlock = tuning::kRowBlockBytes / static_cast<int64_t>(sizeof(typename Isa::Input));
+  // A few rows read W from memory: tile by tile, each to its end, in the order it is stored in. Many stay with a panel.
+  const int64_t panel = p.num_rows <= Isa::kRowTile ? 8 : tuning::kRowPanel;
+  for (int64_t begin = p.begin; begin < p.end; begin += panel) {
+    const int64_t end = begin + panel < p.end ? begin + panel : p.end;
+    for (int64_t k = 0; k < p.num_inputs; k += kBlock) {
+      const int64_t length = k + kBlock < p.num_inputs ? kBlock : p.num_inputs - k;
+      multiply_row_block<Isa, true>(p, 0, k, length, begin, end);
+      for (int64_t row = Isa::kRowTile; row < p.num_rows; row += Isa::kRowTile) {
+        multiply_row_block<Isa, false>(p, row, k, length, begin, end);
+      }
+    }
+  }
+}
+
+template <typename Isa>
+inline const typename Isa::Weight* channel_of(const ChannelProduct& p, int64_t j) {
+  const int64_t channel = p.channels == nullptr ? j : p.channels[j];
+  return static_cast<const typename Isa::Weight*>(p.weights) + channel * p.stride;
+}
+
+// Two vectors of outputs of kRows rows.
+template <typename Isa, int kCount, int kRows, bool whole>
+inline void add_channels(const ChannelProduct& p, int64_t j, int64_t m, int64_t n, const typename Isa::Operand* low,
+                         const typename Isa::Operand* high) {
+  typename Isa::Vector first[kRows], second[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    const float* out = p.out[m + i] + (n - p.begin);
+    first[i] = Isa::load_sums(out);
+    second[i] = Isa::load_sums(out + Isa::kLanes);
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < kCount; ++s) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const auto* x = static_cast<const typename Isa::Input*>(p.x[m + i]) + j;
+      const typename Isa::Operand input = Isa::template broadcast<whole>(x + s * Isa::kDepth);
+      first[i] = Isa::multiply_add(low[s], input, first[i]);
+      second[i] = Isa::multiply_add(high[s], input, second[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    float* out = p.out[m + i] + (n - p.begin);
+    Isa::store_sums(out, first[i]);
+    Isa::store_sums(out + Isa::kLanes, second[i]);
+  }
+}
+
+// Outputs begin to end, a multiple of two vectors, of kCount steps of channels from j on: their weights stay in
+// registers while the rows of x pass by. `whole` is false where the last step lacks its last channel.
+template <typename Isa, int kCount, bool whole>
+inline void multiply_channel_group(const ChannelProduct& p, int64_t j, int64_t row_begin, int64_t row_end,
+                                   int64_t begin, int64_t end) {
+  using Weight = typename Isa::Weight;
+  constexpr int kRows = Isa::kChannelRows;
+  const Weight* source[kCount][Isa::kDepth];
+  const Weight* next[kCount][Isa::kDepth];  // the group after this one, which is called for ahead of time
+  for (int s = 0; s < kCount; ++s) {
+    for (int d = 0; d < Isa::kDepth; ++d) {
+      const int64_t channel = j + s * Isa::kDepth + d;
+      source[s][d] = whole || d == 0 ? channel_of<Isa>(p, channel) : nullptr;
+      const int64_t after = channel + kCount * Isa::kDepth;
+      next[s][d] = channel_of<Isa>(p, after < p.num_inputs ? after : p.num_inputs - 1);
+    }
+  }
+  for (int64_t n = begin; n < end; n += 2 * Isa::kLanes) {
+    typename Isa::Operand low[kCount], high[kCount];
+#pragma GCC unroll 8
+    for (int s = 0; s < kCount; ++s) {
+      Isa::template load_channels<whole>(source[s], n, low[s], high[s]);
+      for (int d = 0; d < Isa::kDepth; ++d) {
+        __builtin_prefetch(next[s][d] + n);
+      }
+    }
+    int64_t m = row_begin;
+    for (; m + kRows <= row_end; m += kRows) {
+      add_channels<Isa, kCount, kRows, whole>(p, j, m, n, low, high);
+    }
+    for (; m < row_end; ++m) {
+      add_channels<Isa, kCount, 1, whole>(p, j, m, n, low, high);
+    }
+  }
+}
+
+// What is left of a matrix whose outputs are no multiple of two vectors.
+template <typename Isa>
+inline void multiply_channel_rest(const ChannelProduct& p, int64_t j_begin, int64_t j_end, int64_t row_begin,
+                                  int64_t row_end, int64_t begin, int64_t end) {
+  for (int64_t j = j_begin; j < j_end; ++j) {
+    const auto* weights = channel_of<Isa>(p, j);
+    for (int64_t m = row_begin; m < row_end; ++m) {
+      const float input = to_float(static_cast<const typename Isa::Input*>(p.x[m])[j]);
+      for (int64_t n = begin; n < end; ++n) {
+        p.out[m][n - p.begin] += input * to_float(weights[n]);
+      }
+    }
+  }
+}
+
+template <typename Isa>
+inline void multiply_channel_block(const ChannelProduct& p, int64_t j_begin, int64_t j_end, int64_t row_begin,
+                                   int64_t row_end, int64_t begin, int64_t end) {
+  constexpr int64_t kGroup = int64_t{Isa::kSteps} * Isa::kDepth;
+  const int64_t whole_end = begin + (end - begin) / (2 * Isa::kLanes) * (2 * Isa::kLanes);
+  int64_t j = j_begin;
+  for (; j + kGroup <= j_end; j += kGroup) {
+    multiply_channel_group<Isa, Isa::kSteps, true>(p, j, row_begin, row_end, begin, whole_end);
+  }
+  for (; j + Isa::kDepth <= j_end; j += Isa::kDepth) {
+    multiply_channel_group<Isa, 1, true>(p, j, row_begin, row_end, begin, whole_end);
+  }
+  if (j < j_end) {
+    multiply_channel_group<Isa, 1, false>(p, j, row_begin, row_end, begin, whole_end);
+  }
+  multiply_channel_rest<Isa>(p, j_begin, j_end, row_begin, row_end, whole_end, end);
+}
+
+// Few rows of x: weights pass through registers, and the sums of a strip of outputs stay in the cache.
+template <typename Isa>
+inline void multiply_channels_of_few_rows(const ChannelProduct& p) {
+  int64_t strip = tuning::kStripBytes / static_cast<int64_t>(sizeof(float)) / p.num_rows / kOutputStep * kOutputStep;
+  strip = strip < tuning::kStripMin ? tuning::kStripMin : strip;
+  for (int64_t begin = p.begin; begin < p.end; begin += strip) {
+    const int64_t end = begin + strip < p.end ? begin + strip : p.end;
+    multiply_channel_block<Isa>(p, 0, p.num_inputs, 0, p.num_rows, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace d2moe::kernels
