@@ -16,13 +16,13 @@ from d2moe_ext.bench.floors import Floors
 from d2moe_ext.bench.machine import describe_machine
 
 
-def make_record(kind: str, rows: Sequence[dict[str, Any]], floors: Floors, command: str) -> dict[str, Any]:
+def make_record(kind: str, rows: Sequence[dict[str, Any]], floors: Floors | None, command: str) -> dict[str, Any]:
     """What ``--json`` prints: strict JSON.
 
     Args:
-        kind: what the rows are of: ``layer``, ``growth`` or ``checkpoint``.
+        kind: what the rows are of: ``layer``, ``growth``, ``model`` or ``checkpoint``.
         rows: one a contender and size.
-        floors: that the rows were held against.
+        floors: that the rows were held against; None where they were held against none.
         command: as :func:`shown_command` gives it.
     """
     return {
@@ -31,7 +31,7 @@ def make_record(kind: str, rows: Sequence[dict[str, Any]], floors: Floors, comma
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": {"d2moe_ext": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "floors": floors.to_dict(),
+        **({} if floors is None else {"floors": floors.to_dict()}),
         "rows": list(rows),
     }
 

@@ -1,0 +1,1 @@
+"""Whole models, loaded and run each in a process of its own."""
