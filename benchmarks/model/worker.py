@@ -91,7 +91,7 @@ def _error(model: Any, ids: Tensor) -> float:
     routes: dict[str, tuple[Tensor, ...]] = {}
     logits = []
     for backend in ("torch", "native"):
-        hf.patch_model(model, backend=backend)  # type: ignore[arg-type]
+        hf.patch_model(model, backend=backend)
         experts = {name: module for name, module in model.named_modules() if isinstance(module, D2MoEExperts)}
         hooks = [module.register_forward_pre_hook(_same_route(name, routes)) for name, module in experts.items()]
         logits.append(model(input_ids=ids, use_cache=False).logits.float())
