@@ -46,22 +46,26 @@ struct Relu2 {
   float operator()(float x) const { return x <= 0.0f ? 0.0f : x * x; }  // NaN stays NaN
 };
 
-// One function for each activation, so that each is compiled for every instruction set.
-#define D2MOE_DEFINE_ACTIVATION(name, Act)                                                                       \
-  D2MOE_VECTOR_CLONES void name##_separate(const float* gate_up, int64_t count, float scale, float* values) {    \
-    for (int64_t j = 0; j < count; ++j) {                                                                        \
-      values[j] = scale * (Act()(gate_up[j]) * gate_up[count + j]);                                              \
-    }                                                                                                            \
-  }                                                                                                              \
-  D2MOE_VECTOR_CLONES void name##_interleaved(const float* gate_up, int64_t count, float scale, float* values) { \
-    for (int64_t j = 0; j < count; ++j) {                                                                        \
-      values[j] = scale * (Act()(gate_up[2 * j]) * gate_up[2 * j + 1]);                                          \
-    }                                                                                                            \
-  }                                                                                                              \
-  D2MOE_VECTOR_CLONES void name##_alone(int64_t count, float scale, float* values) {                             \
-    for (int64_t j = 0; j < count; ++j) {                                                                        \
-      values[j] = scale * Act()(values[j]);                                                                      \
-    }                                                                                                            \
+// One function for each activation and layout, so that each is compiled for every instruction set.
+#define D2MOE_DEFINE_ACTIVATION(name, Act)                                                                        \
+  D2MOE_VECTOR_CLONES void name##_of_halves(int64_t count, float scale, float* __restrict__ gate,                 \
+                                            const float* __restrict__ up) {                                       \
+    for (int64_t j = 0; j < count; ++j) {                                                                         \
+      gate[j] = scale * (Act()(gate[j]) * up[j]);                                                                 \
+    }                                                                                                             \
+  }                                                                                                               \
+  D2MOE_VECTOR_CLONES void name##_of_pairs(int64_t count, float scale, float* values) {                           \
+    for (int64_t j = 0; j < count; ++j) {                                                                         \
+      values[j] = scale * (Act()(values[2 * j]) * values[2 * j + 1]);                                             \
+    }                                                                                                             \
+  }                                                                                                               \
+  D2MOE_VECTOR_CLONES void name##_alone(int64_t count, float scale, float* values) {                              \
+    for (int64_t j = 0; j < count; ++j) {                                                                         \
+      values[j] = scale * Act()(values[j]);                                                                       \
+    }                                                                                                             \
+  }                                                                                                               \
+  void name##_gated(int64_t count, bool interleaved, float scale, float* values) {                                \
+    interleaved ? name##_of_pairs(count, scale, values) : name##_of_halves(count, scale, values, values + count); \
   }
 
 D2MOE_DEFINE_ACTIVATION(silu, Silu)
@@ -73,17 +77,16 @@ D2MOE_DEFINE_ACTIVATION(relu2, Relu2)
 
 }  // namespace
 
-void gated_activation(Activation activation, const float* gate_up, int64_t count, bool interleaved, float scale,
-                      float* values) {
+void gated_activation(Activation activation, int64_t count, bool interleaved, float scale, float* values) {
   switch (activation) {
     case Activation::kSilu:
-      return (interleaved ? silu_interleaved : silu_separate)(gate_up, count, scale, values);
+      return silu_gated(count, interleaved, scale, values);
     case Activation::kGelu:
-      return (interleaved ? gelu_interleaved : gelu_separate)(gate_up, count, scale, values);
+      return gelu_gated(count, interleaved, scale, values);
     case Activation::kGeluTanh:
-      return (interleaved ? gelu_tanh_interleaved : gelu_tanh_separate)(gate_up, count, scale, values);
+      return gelu_tanh_gated(count, interleaved, scale, values);
     case Activation::kRelu2:
-      return (interleaved ? relu2_interleaved : relu2_separate)(gate_up, count, scale, values);
+      return relu2_gated(count, interleaved, scale, values);
   }
 }
 

@@ -1,4 +1,4 @@
-// values[j] = scale * act(gate[j]) * up[j], or scale * act(values[j]) where there is no gate, all in float32.
+// In place, in float32: values[j] = scale * act(gate[j]) * up[j], or scale * act(values[j]) where there is no gate.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,10 @@ namespace d2moe::kernels {
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu2 };
 
-// gate and up stand one after the other, [count] each, or alternate if `interleaved`; values [count] may be gate's
-// place.
-void gated_activation(Activation activation, const float* gate_up, int64_t count, bool interleaved, float scale,
-                      float* values);
+// values [2 * count] hold gate, then up; or they alternate, if `interleaved`. The first `count` of them are written.
+void gated_activation(Activation activation, int64_t count, bool interleaved, float scale, float* values);
 
-// values [count], in place.
+// values [count]
 void activation(Activation activation, int64_t count, float scale, float* values);
 
 }  // namespace d2moe::kernels

@@ -45,7 +45,14 @@ inline void multiply_row_tile(const typename Isa::Input* const* x, int64_t x_beg
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    Isa::template add_totals<N>(sums[m], out[m] + n);
+    if constexpr (N == 1) {
+      out[m][n] += Isa::total(sums[m][0]);
+    } else {
+#pragma GCC unroll 2
+      for (int i = 0; i < N; i += 4) {
+        Isa::add_four_totals(sums[m] + i, out[m] + n + i);
+      }
+    }
   }
 }
 
@@ -86,12 +93,13 @@ inline void multiply_row_block(const RowProduct& p, int64_t row, int64_t x_begin
   }
 }
 
+// Outputs from first_output on.
 template <typename Isa>
-inline void multiply_row_panels(const RowProduct& p) {
+inline void multiply_row_panels(const RowProduct& p, int64_t first_output) {
   constexpr int64_t kBlock = tuning::kRowBlockBytes / static_cast<int64_t>(sizeof(typename Isa::Input));
   // A few rows read W from memory: tile by tile, each to its end, in the order it is stored in. Many stay with a panel.
   const int64_t panel = p.num_rows <= Isa::kRowTile ? 8 : tuning::kRowPanel;
-  for (int64_t begin = p.begin; begin < p.end; begin += panel) {
+  for (int64_t begin = first_output; begin < p.end; begin += panel) {
     const int64_t end = begin + panel < p.end ? begin + panel : p.end;
     for (int64_t k = 0; k < p.num_inputs; k += kBlock) {
       const int64_t length = k + kBlock < p.num_inputs ? kBlock : p.num_inputs - k;
@@ -117,8 +125,8 @@ inline void add_channels(const ChannelProduct& p, int64_t j, int64_t m, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     const float* out = p.out[m + i] + (n - p.begin);
-    first[i] = Isa::load_sums(out);
-    second[i] = Isa::load_sums(out + Isa::kLanes);
+    first[i] = Isa::load_floats(out);
+    second[i] = Isa::load_floats(out + Isa::kLanes);
   }
 #pragma GCC unroll 8
   for (int s = 0; s < kCount; ++s) {
@@ -141,8 +149,7 @@ inline void add_channels(const ChannelProduct& p, int64_t j, int64_t m, int64_t 
 // Outputs begin to end, a multiple of two vectors, of kCount steps of channels from j on: their weights stay in
 // registers while the rows of x pass by. `whole` is false where the last step lacks its last channel.
 template <typename Isa, int kCount, bool whole>
-inline void multiply_channel_group(const ChannelProduct& p, int64_t j, int64_t row_begin, int64_t row_end,
-                                   int64_t begin, int64_t end) {
+inline void multiply_channel_group(const ChannelProduct& p, int64_t j, int64_t begin, int64_t end) {
   using Weight = typename Isa::Weight;
   constexpr int kRows = Isa::kChannelRows;
   const Weight* source[kCount][Isa::kDepth];
@@ -164,58 +171,52 @@ inline void multiply_channel_group(const ChannelProduct& p, int64_t j, int64_t r
         __builtin_prefetch(next[s][d] + n);
       }
     }
-    int64_t m = row_begin;
-    for (; m + kRows <= row_end; m += kRows) {
+    int64_t m = 0;
+    for (; m + kRows <= p.num_rows; m += kRows) {
       add_channels<Isa, kCount, kRows, whole>(p, j, m, n, low, high);
     }
-    for (; m < row_end; ++m) {
+    for (; m < p.num_rows; ++m) {
       add_channels<Isa, kCount, 1, whole>(p, j, m, n, low, high);
     }
   }
 }
 
-// What is left of a matrix whose outputs are no multiple of two vectors.
+// Outputs from first_output to p.end: what is left of a matrix whose outputs are no multiple of two vectors.
 template <typename Isa>
-inline void multiply_channel_rest(const ChannelProduct& p, int64_t j_begin, int64_t j_end, int64_t row_begin,
-                                  int64_t row_end, int64_t begin, int64_t end) {
-  for (int64_t j = j_begin; j < j_end; ++j) {
+inline void multiply_channel_rest(const ChannelProduct& p, int64_t first_output) {
+  for (int64_t j = 0; first_output < p.end && j < p.num_inputs; ++j) {
     const auto* weights = channel_of<Isa>(p, j);
-    for (int64_t m = row_begin; m < row_end; ++m) {
+    for (int64_t m = 0; m < p.num_rows; ++m) {
       const float input = to_float(static_cast<const typename Isa::Input*>(p.x[m])[j]);
-      for (int64_t n = begin; n < end; ++n) {
+      for (int64_t n = first_output; n < p.end; ++n) {
         p.out[m][n - p.begin] += input * to_float(weights[n]);
       }
     }
   }
 }
 
+// Weights pass through registers, and the sums of a strip of outputs stay in the cache.
 template <typename Isa>
-inline void multiply_channel_block(const ChannelProduct& p, int64_t j_begin, int64_t j_end, int64_t row_begin,
-                                   int64_t row_end, int64_t begin, int64_t end) {
+inline void multiply_channel_strips(const ChannelProduct& p) {
   constexpr int64_t kGroup = int64_t{Isa::kSteps} * Isa::kDepth;
-  const int64_t whole_end = begin + (end - begin) / (2 * Isa::kLanes) * (2 * Isa::kLanes);
-  int64_t j = j_begin;
-  for (; j + kGroup <= j_end; j += kGroup) {
-    multiply_channel_group<Isa, Isa::kSteps, true>(p, j, row_begin, row_end, begin, whole_end);
-  }
-  for (; j + Isa::kDepth <= j_end; j += Isa::kDepth) {
-    multiply_channel_group<Isa, 1, true>(p, j, row_begin, row_end, begin, whole_end);
-  }
-  if (j < j_end) {
-    multiply_channel_group<Isa, 1, false>(p, j, row_begin, row_end, begin, whole_end);
-  }
-  multiply_channel_rest<Isa>(p, j_begin, j_end, row_begin, row_end, whole_end, end);
-}
-
-// Few rows of x: weights pass through registers, and the sums of a strip of outputs stay in the cache.
-template <typename Isa>
-inline void multiply_channels_of_few_rows(const ChannelProduct& p) {
+  constexpr int64_t kChunk = 2 * Isa::kLanes;
   int64_t strip = tuning::kStripBytes / static_cast<int64_t>(sizeof(float)) / p.num_rows / kOutputStep * kOutputStep;
   strip = strip < tuning::kStripMin ? tuning::kStripMin : strip;
-  for (int64_t begin = p.begin; begin < p.end; begin += strip) {
-    const int64_t end = begin + strip < p.end ? begin + strip : p.end;
-    multiply_channel_block<Isa>(p, 0, p.num_inputs, 0, p.num_rows, begin, end);
+  const int64_t whole_end = p.begin + (p.end - p.begin) / kChunk * kChunk;
+  for (int64_t begin = p.begin; begin < whole_end; begin += strip) {
+    const int64_t end = begin + strip < whole_end ? begin + strip : whole_end;
+    int64_t j = 0;
+    for (; j + kGroup <= p.num_inputs; j += kGroup) {
+      multiply_channel_group<Isa, Isa::kSteps, true>(p, j, begin, end);
+    }
+    for (; j + Isa::kDepth <= p.num_inputs; j += Isa::kDepth) {
+      multiply_channel_group<Isa, 1, true>(p, j, begin, end);
+    }
+    if (j < p.num_inputs) {
+      multiply_channel_group<Isa, 1, false>(p, j, begin, end);
+    }
   }
+  multiply_channel_rest<Isa>(p, whole_end);
 }
 
 }  // namespace

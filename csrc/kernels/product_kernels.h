@@ -12,7 +12,6 @@
 #include <cstdint>
 
 #include "kernels/element_type.h"
-#include "kernels/tuning_cpu.h"  // what product_loops.h, which includes nothing, is tuned by
 
 namespace d2moe::kernels {
 

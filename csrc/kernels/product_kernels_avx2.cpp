@@ -4,7 +4,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#include <immintrin.h>
+#include "kernels/x86_intrinsics.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -18,57 +18,45 @@ namespace d2moe::kernels {
 
 namespace {
 
-inline __m256 load_floats(const float* source) { return _mm256_loadu_ps(source); }
-inline __m256 load_floats(const BFloat16* source) {
-  const __m128i bits = _mm_loadu_si128((const __m128i*)source);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-inline __m256 load_floats(const Float16* source) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)source)); }
-
-template <typename WeightType>
 struct Avx2 {
-  using Weight = WeightType;
-  using Input = float;
   using Vector = __m256;
-  using Operand = __m256;
   static constexpr int kLanes = 8;
-  static constexpr int kDepth = 1;
   static constexpr int kRowTile = 2;  // 2 x 4 sums, 4 weights and an input of 16 registers
   static constexpr int kWideRows = 1;
   static constexpr int kChannelRows = 2;
-  static constexpr int kPackedRows = 6;
-  static constexpr int64_t kManyRows = tuning::kManyRowsByChannel;
-  static constexpr int64_t kManyRowsByRow = tuning::kManyRowsByRow;
   static constexpr int kSteps = 4;
+  static constexpr bool kPacks = true;
+  static constexpr int kPackedRows = 6;
 
   static Vector zero() { return _mm256_setzero_ps(); }
-  static Vector load_sums(const float* sums) { return _mm256_loadu_ps(sums); }
-  static void store_sums(float* sums, Vector value) { _mm256_storeu_ps(sums, value); }
-  template <typename Element>
-  static Operand load(const Element* source) {
-    return load_floats(source);
+  static Vector load_floats(const float* source) { return _mm256_loadu_ps(source); }
+  static Vector load_floats(const BFloat16* source) {
+    const __m128i bits = _mm_loadu_si128((const __m128i*)source);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  static Vector load_floats(const Float16* source) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)source)); }
   template <typename Element>
-  static Operand load_part(const Element* source, int64_t count) {
+  static Vector load_floats(const Element* source, int64_t count) {
     Element part[kLanes] = {};
     for (int64_t i = 0; i < count; ++i) {
       part[i] = source[i];
     }
     return load_floats(part);
   }
-  static Vector multiply_add(Operand weights, Operand input, Vector sums) {
+  static void store_sums(float* sums, Vector value) { _mm256_storeu_ps(sums, value); }
+  static Vector broadcast_float(float value) { return _mm256_set1_ps(value); }
+  static Vector multiply_add(Vector weights, Vector input, Vector sums) {
     return _mm256_fmadd_ps(weights, input, sums);
   }
-  template <bool whole>
-  static void load_channels(const Weight* const* source, int64_t n, Operand& low, Operand& high) {
-    low = load_floats(source[0] + n);
-    high = load_floats(source[0] + n + kLanes);
+  static __m128 totals(Vector a, Vector b, Vector c, Vector d) {
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
   }
-  template <bool whole>
-  static Operand broadcast(const Input* x) {
-    return _mm256_broadcast_ss(x);
+  static float total(Vector a) { return _mm_cvtss_f32(totals(a, zero(), zero(), zero())); }
+  static void add_four_totals(const Vector* sums, float* out) {
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), totals(sums[0], sums[1], sums[2], sums[3])));
   }
-  static void transpose(Operand* tile) {
+  static void transpose(Vector* tile) {
     __m256 a[8], b[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -88,38 +76,11 @@ struct Avx2 {
       tile[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
     }
   }
-  static __m128 totals(Vector a, Vector b, Vector c, Vector d) {
-    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-  }
-  template <int N>
-  static void add_totals(const Vector* sums, float* out) {
-    if constexpr (N == 1) {
-      *out += _mm_cvtss_f32(totals(sums[0], zero(), zero(), zero()));
-    } else {
-      for (int i = 0; i < N; i += 4) {
-        const __m128 total = totals(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
-        _mm_storeu_ps(out + i, _mm_add_ps(_mm_loadu_ps(out + i), total));
-      }
-    }
-  }
 };
 
 }  // namespace
 
-const ProductKernels* product_kernels_avx2(ElementType weights) {
-  static const ProductKernels of_float = kernels_of<Avx2<float>>("avx2", ElementType::kFloat32);
-  static const ProductKernels of_bfloat16 = kernels_of<Avx2<BFloat16>>("avx2", ElementType::kFloat32);
-  static const ProductKernels of_float16 = kernels_of<Avx2<Float16>>("avx2", ElementType::kFloat32);
-  switch (weights) {
-    case ElementType::kBFloat16:
-      return &of_bfloat16;
-    case ElementType::kFloat16:
-      return &of_float16;
-    default:
-      return &of_float;
-  }
-}
+const ProductKernels* product_kernels_avx2(ElementType weights) { return float32_kernels_for<Avx2>("avx2", weights); }
 
 }  // namespace d2moe::kernels
 

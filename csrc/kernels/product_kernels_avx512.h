@@ -1,48 +1,6 @@
-// What the two AVX-512 files share. Included below their switch, like product_loops.h.
+// The vectors that the two AVX-512 files share. Included below their switch, like product_loops.h.
 namespace d2moe::kernels {
 namespace {
-
-struct Avx512Sums {
-  using Vector = __m512;
-  static constexpr int kLanes = 16;
-  static constexpr int kRowTile = 6;   // 6 x 4 sums, 4 weights and an input fill the 32 registers
-  static constexpr int kWideRows = 3;  // up to so many rows, tiles are 8 outputs wide
-  static constexpr int kChannelRows = 4;
-  static constexpr int kPackedRows = 12;
-  static constexpr int64_t kManyRows = tuning::kManyRowsByChannel;
-  static constexpr int64_t kManyRowsByRow = tuning::kManyRowsByRow;
-  // One row of x reads channels at 27 GB/s on one core with 4 steps and 25 with 8; 6 rows at 20 and 17.
-  static constexpr int kSteps = 4;
-
-  static Vector zero() { return _mm512_setzero_ps(); }
-  static Vector load_sums(const float* sums) { return _mm512_loadu_ps(sums); }
-  static void store_sums(float* sums, Vector value) { _mm512_storeu_ps(sums, value); }
-
-  // The totals of four vectors.
-  static __m128 totals(Vector a, Vector b, Vector c, Vector d) {
-    const Vector ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const Vector cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const Vector abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-
-  template <int N>
-  static void add_totals(const Vector* sums, float* out) {
-    if constexpr (N == 1) {
-      const __m128 total = totals(sums[0], zero(), zero(), zero());
-      *out += _mm_cvtss_f32(total);
-    } else {
-#pragma GCC unroll 2
-      for (int i = 0; i < N; i += 4) {
-        const __m128 total = totals(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
-        _mm_storeu_ps(out + i, _mm_add_ps(_mm_loadu_ps(out + i), total));
-      }
-    }
-  }
-};
 
 // 16 x 16 elements of 32 bits, rows become columns.
 inline void transpose_16(__m512i* rows) {
@@ -80,49 +38,52 @@ inline __m512 widen_bfloat16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// 16 elements, or the first `count` of them and zeros, in float32.
-inline __m512 load_floats(const float* source) { return _mm512_loadu_ps(source); }
-inline __m512 load_floats(const BFloat16* source) { return widen_bfloat16(_mm256_loadu_si256((const __m256i*)source)); }
-inline __m512 load_floats(const Float16* source) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source)); }
-inline __m512 load_floats(const float* source, int64_t count) {
-  return _mm512_maskz_loadu_ps(first_lanes(count), source);
-}
-inline __m512 load_floats(const BFloat16* source, int64_t count) {
-  return widen_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(count), source));
-}
-inline __m512 load_floats(const Float16* source, int64_t count) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), source));
-}
+struct Avx512 {
+  using Vector = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kRowTile = 6;  // 6 x 4 sums, 4 weights and an input fill the 32 registers
+  static constexpr int kWideRows = 3;
+  static constexpr int kChannelRows = 4;
+  // One row of x reads channels at 27 GB/s on one core with 4 steps and 25 with 8; 6 rows at 20 and 17.
+  static constexpr int kSteps = 4;
+  static constexpr bool kPacks = true;
+  static constexpr int kPackedRows = 12;  // 12 x 2 sums, 2 weights and an input
 
-// Weights of any type, made float32; x in float32.
-template <typename WeightType>
-struct Avx512 : Avx512Sums {
-  using Weight = WeightType;
-  using Input = float;
-  using Operand = __m512;
-  static constexpr int kDepth = 1;
-
-  template <typename Element>
-  static Operand load(const Element* source) {
-    return load_floats(source);
+  static Vector zero() { return _mm512_setzero_ps(); }
+  // 16 elements, or the first `count` of them and zeros.
+  static Vector load_floats(const float* source) { return _mm512_loadu_ps(source); }
+  static Vector load_floats(const BFloat16* source) {
+    return widen_bfloat16(_mm256_loadu_si256((const __m256i*)source));
   }
-  template <typename Element>
-  static Operand load_part(const Element* source, int64_t count) {
-    return load_floats(source, count);
+  static Vector load_floats(const Float16* source) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source));
   }
-  static Vector multiply_add(Operand weights, Operand input, Vector sums) {
+  static Vector load_floats(const float* source, int64_t count) {
+    return _mm512_maskz_loadu_ps(first_lanes(count), source);
+  }
+  static Vector load_floats(const BFloat16* source, int64_t count) {
+    return widen_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(count), source));
+  }
+  static Vector load_floats(const Float16* source, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), source));
+  }
+  static void store_sums(float* sums, Vector value) { _mm512_storeu_ps(sums, value); }
+  static Vector broadcast_float(float value) { return _mm512_set1_ps(value); }
+  static Vector multiply_add(Vector weights, Vector input, Vector sums) {
     return _mm512_fmadd_ps(weights, input, sums);
   }
-  template <bool whole>
-  static void load_channels(const Weight* const* source, int64_t n, Operand& low, Operand& high) {
-    low = load_floats(source[0] + n);
-    high = load_floats(source[0] + n + kLanes);
+  static float total(Vector a) { return _mm512_reduce_add_ps(a); }
+  static void add_four_totals(const Vector* sums, float* out) {
+    const Vector ab = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));
+    const Vector cd = _mm512_add_ps(_mm512_unpacklo_ps(sums[2], sums[3]), _mm512_unpackhi_ps(sums[2], sums[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const Vector abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    const __m128 totals = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), totals));
   }
-  template <bool whole>
-  static Operand broadcast(const Input* x) {
-    return _mm512_set1_ps(*x);
-  }
-  static void transpose(Operand* tile) {
+  static void transpose(Vector* tile) {
     __m512i bits[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {

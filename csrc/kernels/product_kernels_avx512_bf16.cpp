@@ -1,19 +1,12 @@
 // bfloat16 weights and x, two products at a time; other weights as in product_kernels_avx512.cpp.
+#include <cstring>
 #include <type_traits>
 
 #include "kernels/product_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#if !defined(__clang__)
-// GCC 12 takes the undefined vectors of its own intrinsics for a mistake of ours.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
-#include <immintrin.h>
-
-#include <cstring>
+#include "kernels/x86_intrinsics.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
@@ -29,7 +22,7 @@ namespace d2moe::kernels {
 
 namespace {
 
-struct Avx512BFloat16 : Avx512Sums {
+struct BFloat16Pairs : Avx512 {
   using Weight = BFloat16;
   using Input = BFloat16;
   using Operand = __m512i;  // 16 pairs
@@ -70,17 +63,8 @@ struct Avx512BFloat16 : Avx512Sums {
 }  // namespace
 
 const ProductKernels* product_kernels_avx512_bf16(ElementType weights) {
-  static const ProductKernels of_float = kernels_of<Avx512<float>>("avx512_bf16", ElementType::kFloat32);
-  static const ProductKernels of_bfloat16 = kernels_of<Avx512BFloat16>("avx512_bf16", ElementType::kBFloat16);
-  static const ProductKernels of_float16 = kernels_of<Avx512<Float16>>("avx512_bf16", ElementType::kFloat32);
-  switch (weights) {
-    case ElementType::kBFloat16:
-      return &of_bfloat16;
-    case ElementType::kFloat16:
-      return &of_float16;
-    default:
-      return &of_float;
-  }
+  return kernels_for<Float32Products<Avx512, float>, BFloat16Pairs, Float32Products<Avx512, Float16>>("avx512_bf16",
+                                                                                                      weights);
 }
 
 }  // namespace d2moe::kernels

@@ -104,8 +104,8 @@ inline void multiply_packed_tile(const Product& p, const typename Isa::Operand (
   for (int i = 0; i < kRows; ++i) {
     const float* out = p.out[m + i] + (n - p.begin);
     x[i] = static_cast<const typename Isa::Input*>(p.x[m + i]) + j_begin;
-    first[i] = Isa::load_sums(out);
-    second[i] = Isa::load_sums(out + Isa::kLanes);
+    first[i] = Isa::load_floats(out);
+    second[i] = Isa::load_floats(out + Isa::kLanes);
   }
   const int64_t num_steps = (j_end - j_begin) / Isa::kDepth;
   for (int64_t s = 0; s < num_steps; ++s) {

@@ -1,7 +1,7 @@
-// The numbers that were tuned on CPUs, each with what chose it. Unless it says otherwise: 2 cores of an AMD EPYC
-// (family 26) with AVX-512 and bfloat16 instructions, 2 threads, bfloat16, weights from memory, GFLOP/s of products
-// with M rows of x; the machine's best product had 900 to 1000, and 45 to 60 GB/s were read. See
-// benchmarks/bench_kernels.cpp.
+// The numbers that were tuned on CPUs, each with what chose it. Unless it says otherwise: 2026-11-25, 2 cores of an AMD
+// EPYC (family 26) with AVX-512 and bfloat16 instructions, bfloat16, weights from memory, GFLOP/s of products with M
+// rows of x, by the loop of benchmarks/bench_kernels.cpp on 2 threads instead of one. The machine's best product had
+// 900 to 1000, and 45 to 60 GB/s were read.
 #pragma once
 
 #include <cstdint>
