@@ -40,7 +40,7 @@ const int32_t* select_columns(const BaseGroup& group, int64_t base, const void* 
 
 BaseInputs::BaseInputs(const BaseGroup& group, const kernels::MoeRouting& routing, Rows source, int64_t source_width,
                        const int64_t* source_row, ElementType input_type)
-    : group_(group), source_(source), source_width_(source_width), input_type_(input_type) {
+    : group_(group), source_width_(source_width), input_type_(input_type) {
   const int64_t num_rows = routing.base_row_begin.back();
   const bool whole = !group.columns.has_value() && !group.prunes_dynamically();
   if (whole && source_row == nullptr) {

@@ -1,8 +1,6 @@
 // What the bases multiply.
 #pragma once
 
-#include <vector>
-
 #include "ops/moe_products.h"
 
 namespace d2moe {
@@ -23,7 +21,6 @@ class BaseInputs {
   void take_rows(int64_t base, int64_t begin, int64_t end, bool selects, const OwnRows& own);
 
   const BaseGroup& group_;
-  Rows source_;
   int64_t source_width_;
   kernels::ElementType input_type_;
   Rows rows_;

@@ -5,14 +5,14 @@
 // Down is linear, so weights come first: h is weighted when it is rounded, and all else adds up in float32 for a block
 // of tokens and outputs, rounded once. Where pairs share a base, their sum is rounded once more, as its input; V g h
 // is, too.
+#include "ops/moe_down.h"
+
 #include <algorithm>
 #include <optional>
 #include <utility>
 
 #include "kernels/row_conversion.h"
 #include "ops/base_inputs.h"
-#include "ops/moe_forward.h"
-#include "ops/moe_products.h"
 
 namespace d2moe {
 
@@ -73,7 +73,7 @@ class WeightedDown {
         delta_(delta),
         projections_(projections),
         inputs_(inputs),
-        type_(element_type_of(output)),
+        type_(element_type(output)),
         output_(static_cast<std::byte*>(output.mutable_data_ptr())) {}
 
   void run() const {
@@ -181,13 +181,13 @@ class WeightedDown {
 
 void weighted_down(Rows weighted, int64_t width, const kernels::MoeRouting& routing, const float* weights,
                    const BaseGroup& group, const Delta* delta, const at::Tensor& output) {
-  const kernels::ProductKernels& kernels = kernels::product_kernels(element_type_of(group.base));
+  const kernels::ProductKernels& kernels = kernels::product_kernels(element_type(group.base));
   const BaseSums sums(routing, weighted, width, kernels.input_type);
   std::optional<Projections> projections;
   if (delta != nullptr) {
     projections.emplace(*delta, routing, weighted, nullptr, kernels);
   }
-  BlockList blocks(1 + routing.num_experts);
+  BlockList blocks(1 + num_active_experts(routing));
   sums.add_blocks(blocks, routing.num_experts);
   if (delta != nullptr) {
     projections->add_blocks(blocks, 0);

@@ -17,6 +17,7 @@
 #include <string_view>
 
 #include "kernels/row_conversion.h"
+#include "ops/moe_down.h"
 #include "ops/moe_pairs.h"
 
 namespace d2moe {
@@ -126,7 +127,7 @@ at::Tensor moe_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& to
   const kernels::MoeRouting own_routing = same_bases ? kernels::MoeRouting() : route(top_k_index, down, false);
   const kernels::MoeRouting& down_routing = same_bases ? gate_up_routing : own_routing;
   const Workspace::Frame frame(workspace());
-  const kernels::ElementType input_type = kernels::product_kernels(element_type_of(hidden_states)).input_type;
+  const kernels::ElementType input_type = kernels::product_kernels(element_type(hidden_states)).input_type;
   const at::Tensor x = hidden_states.contiguous(), weights = top_k_weights.to(at::kFloat).contiguous();
   const float* weight = weights.const_data_ptr<float>();
   const int64_t num_pairs = static_cast<int64_t>(down_routing.sorted_pair.size());
@@ -136,7 +137,7 @@ at::Tensor moe_forward_cpu(const at::Tensor& hidden_states, const at::Tensor& to
     for (int64_t m = 0; m < sums.num_rows; ++m) {
       const int64_t pair = gate_up_routing.sorted_pair[sums.first + m];
       if (plan.gated) {
-        kernels::gated_activation(act, sums.sums[m], count, interleaved, weight[pair], sums.sums[m]);
+        kernels::gated_activation(act, count, interleaved, weight[pair], sums.sums[m]);
       } else {
         kernels::activation(act, count, weight[pair], sums.sums[m]);
       }
@@ -162,7 +163,7 @@ at::Tensor combine_pairs(const at::Tensor& source, bool row_per_pair, const at::
   const kernels::MoeRouting routing = route(top_k_index, group, row_per_pair);
   const at::Tensor output = at::zeros({top_k_index.numel(), group.out_features()}, source.options());
   const Workspace::Frame frame(workspace());
-  const kernels::ElementType type = element_type_of(source);
+  const kernels::ElementType type = element_type(source);
   const at::Tensor x = source.contiguous();
   auto* elements = static_cast<std::byte*>(output.mutable_data_ptr());
   const auto store = [&](const PairSums& sums) {
@@ -181,7 +182,7 @@ at::Tensor combine_pairs(const at::Tensor& source, bool row_per_pair, const at::
 Rows weighted_rows(const at::Tensor& activated, const kernels::MoeRouting& routing, const float* weights,
                    kernels::ElementType input_type) {
   const int64_t width = activated.size(1);
-  const kernels::ElementType type = element_type_of(activated);
+  const kernels::ElementType type = element_type(activated);
   const auto* elements = static_cast<const std::byte*>(activated.const_data_ptr());
   const int64_t num_pairs = static_cast<int64_t>(routing.sorted_pair.size());
   const OwnRows rows(num_pairs, width, input_type);
@@ -245,7 +246,7 @@ at::Tensor moe_down_forward_cpu(const at::Tensor& activated, const at::Tensor& t
   }
   const kernels::MoeRouting routing = route(top_k_index, down, false);
   const Workspace::Frame frame(workspace());
-  const kernels::ElementType input_type = kernels::product_kernels(element_type_of(activated)).input_type;
+  const kernels::ElementType input_type = kernels::product_kernels(element_type(activated)).input_type;
   const at::Tensor h = activated.contiguous(), weights = top_k_weights.to(at::kFloat).contiguous();
   const float* weight = weights.const_data_ptr<float>();
   at::Tensor output = at::empty({routing.num_tokens, down.out_features()}, h.options());

@@ -1,4 +1,4 @@
-// What the files of moe_forward share: its arguments in groups, their checks, and its two halves.
+// What the files of moe_forward share: its arguments in groups, and their checks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,13 +9,11 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels/element_type.h"
 #include "kernels/gated_activation.h"
 #include "kernels/moe_routing.h"
+#include "ops/element_type.h"
 
 namespace d2moe {
-
-struct Rows;
 
 // The bases of one input group, gate_up or down: [K, out, in_kept] and what goes with them.
 struct BaseGroup {
@@ -83,17 +81,11 @@ void check_pivots(const Delta& delta, int64_t expert);
 BaseGroup with_contiguous_lists(BaseGroup group);
 std::vector<Delta> with_contiguous_lists(std::vector<Delta> deltas);
 
-kernels::ElementType element_type_of(const at::Tensor& tensor);
 kernels::Activation parse_activation(const char* op, std::string_view activation);
 
 kernels::MoeRouting route(const at::Tensor& top_k_index, const BaseGroup& group, bool force_one_row_per_pair);
 
 // Calls function(begin, end) on ranges of rows in parallel, each thread with some 16k elements at least.
 void parallel_rows(int64_t num_rows, int64_t row_width, const std::function<void(int64_t, int64_t)>& function);
-
-// y [T, H] = sum over experts of weight * down(h), into `output`. weighted: weight * h of each sorted pair, `width`
-// wide, in the input type of the products; weights [T * k], for the bias. delta may be nullptr.
-void weighted_down(Rows weighted, int64_t width, const kernels::MoeRouting& routing, const float* weights,
-                   const BaseGroup& group, const Delta* delta, const at::Tensor& output);
 
 }  // namespace d2moe

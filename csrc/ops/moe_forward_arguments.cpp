@@ -35,18 +35,6 @@ std::vector<Delta> with_contiguous_lists(std::vector<Delta> deltas) {
   return deltas;
 }
 
-kernels::ElementType element_type_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kBFloat16:
-      return kernels::ElementType::kBFloat16;
-    case at::kHalf:
-      return kernels::ElementType::kFloat16;
-    default:
-      TORCH_INTERNAL_ASSERT(tensor.scalar_type() == at::kFloat);
-      return kernels::ElementType::kFloat32;
-  }
-}
-
 kernels::MoeRouting route(const at::Tensor& top_k_index, const BaseGroup& group, bool force_one_row_per_pair) {
   const at::Tensor ids = top_k_index.contiguous();
   const auto route_ids = [&](const auto* data) {

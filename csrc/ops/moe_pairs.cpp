@@ -35,7 +35,7 @@ class PairProducts {
         group_(group),
         deltas_(deltas),
         order_(order),
-        type_(element_type_of(group.base)),
+        type_(element_type(group.base)),
         num_pairs_(static_cast<int64_t>(routing.sorted_pair.size())),
         kernels_(kernels::product_kernels(type_)),
         pair_source_(source_rows(source)),
@@ -52,7 +52,7 @@ class PairProducts {
     const int64_t num_outputs = order_ == OutputOrder::kHalves || order_ == OutputOrder::kAlternating
                                     ? group_.out_features() / 2
                                     : group_.out_features();
-    BlockList blocks(num_active_experts());
+    BlockList blocks(num_active_experts(routing_));
     for (int64_t i = 0; i < routing_.num_experts; ++i) {
       blocks.add(i, routing_.expert_begin[i + 1] - routing_.expert_begin[i], num_outputs);
     }
@@ -69,17 +69,9 @@ class PairProducts {
     return rows;
   }
 
-  int64_t num_active_experts() const {
-    int64_t count = 0;
-    for (int64_t i = 0; i < routing_.num_experts; ++i) {
-      count += routing_.expert_begin[i + 1] > routing_.expert_begin[i];
-    }
-    return count;
-  }
-
   void multiply_bases_and_v() {
     const int64_t num_bases = routing_.one_row_per_pair ? 0 : group_.num_bases();
-    BlockList blocks(num_bases + num_active_experts() * num_projections_);
+    BlockList blocks(num_bases + num_active_experts(routing_) * num_projections_);
     for (int64_t base = 0; base < num_bases; ++base) {
       blocks.add(base, routing_.base_row_begin[base + 1] - routing_.base_row_begin[base], group_.out_features());
     }

@@ -35,7 +35,7 @@ Sums::Sums(int64_t count, int64_t width) : rows(workspace().take<float*>(count))
 
 Rows rows_of(const at::Tensor& source, ElementType input_type) {
   const int64_t count = source.size(0), width = source.size(1);
-  const ElementType type = element_type_of(source);
+  const ElementType type = element_type(source);
   const auto* elements = static_cast<const std::byte*>(source.const_data_ptr());
   if (type == input_type) {
     const void** data = workspace().take<const void*>(count);
@@ -100,7 +100,7 @@ void Matrix::multiply(const void* const* x, int64_t num_rows, int64_t begin, int
 
 Matrix base_matrix(const BaseGroup& group, int64_t base) {
   const bool by_channel = group.base.stride(2) != 1 && group.base.stride(1) == 1;
-  const ElementType type = element_type_of(group.base);
+  const ElementType type = element_type(group.base);
   const auto* data = static_cast<const std::byte*>(group.base.const_data_ptr());
   return {data + base * group.base.stride(0) * size_of(type),
           type,
@@ -119,9 +119,7 @@ Matrix factor(const at::Tensor& tensor, ElementType type, int64_t element, bool 
   return {data + element * tensor.element_size(), type, int8, by_channel, stride, num_inputs};
 }
 
-ElementType type_of(const Delta& delta) {
-  return element_type_of(delta.u_scale.has_value() ? *delta.u_scale : delta.u);
-}
+ElementType type_of(const Delta& delta) { return element_type(delta.u_scale.has_value() ? *delta.u_scale : delta.u); }
 
 }  // namespace
 
@@ -135,6 +133,14 @@ Matrix v_matrix(const Delta& delta, int64_t expert) {
   const bool flat = delta.pivots.has_value();
   const int64_t inputs = flat ? width - delta.rank_of(expert) : width;
   return factor(delta.v, type_of(delta), flat ? start : start * width, false, inputs, inputs);
+}
+
+int64_t num_active_experts(const kernels::MoeRouting& routing) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < routing.num_experts; ++i) {
+    count += routing.expert_begin[i + 1] > routing.expert_begin[i];
+  }
+  return count;
 }
 
 void run_blocks(const std::vector<Block>& blocks, const std::function<void(const Block&)>& function) {
@@ -207,8 +213,8 @@ namespace {
 const float* load_scales(const at::Tensor& scales, int64_t start, int64_t count) {
   float* scale = workspace().take<float>(count);
   const auto* data = static_cast<const std::byte*>(scales.const_data_ptr());
-  kernels::take_row(data + start * scales.element_size(), element_type_of(scales), nullptr, count,
-                    ElementType::kFloat32, scale);
+  kernels::take_row(data + start * scales.element_size(), element_type(scales), nullptr, count, ElementType::kFloat32,
+                    scale);
   return scale;
 }
 

@@ -27,6 +27,7 @@ struct OwnRows {
   void* operator[](int64_t i) const { return data[i]; }
 };
 
+// Bytes of an element of a forward type.
 int64_t size_of(kernels::ElementType type);
 
 // Rows of float32, zero at first.
@@ -63,6 +64,9 @@ struct Block {
   int64_t begin, end;
 };
 
+// How many experts any token goes to.
+int64_t num_active_experts(const kernels::MoeRouting& routing);
+
 // Calls function(block) on all threads, each taking the next block when it is done with one. Frames of the threads'
 // workspaces are the function's own affair.
 void run_blocks(const std::vector<Block>& blocks, const std::function<void(const Block&)>& function);
@@ -87,10 +91,10 @@ class Projections {
   // x_row[i]: the row of x of sorted pair i; nullptr: i.
   Projections(const Delta& delta, const kernels::MoeRouting& routing, Rows x, const int64_t* x_row,
               const kernels::ProductKernels& kernels);
-  // Adds a job for each expert, numbered from `first_job` on; returns their number.
+  // Adds a job for each expert with a delta and pairs: first_job and its place in the routing's order.
   void add_blocks(BlockList& blocks, int64_t first_job) const;
   void run(const Block& block, int64_t first_job) const;
-  const void* const* from(int64_t position) const { return const_cast<const void* const*>(rows_.data) + position; }
+  const void* const* from(int64_t position) const { return Rows(rows_).from(position); }
 
  private:
   const void* source_row(int64_t pair) const { return x_[x_row_ == nullptr ? pair : x_row_[pair]]; }
