@@ -217,15 +217,39 @@ def test_activations_over_the_range_of_float32(activation: str) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "hidden", "rows"), [(2060, 24, 40), (20, 2100, 1010)])
-def test_products_larger_than_a_conversion_chunk(tokens: int, hidden: int, rows: int, dtype: torch.dtype) -> None:
+# More rows of x than a block holds; inputs and outputs that are several blocks, for a few rows and for many.
+LARGE = [(2060, 24, 40), (20, 2100, 1010), (60, 2100, 530)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "hidden", "rows"), LARGE)
+def test_products_larger_than_a_block(tokens: int, hidden: int, rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     base = (torch.randn(1, rows, hidden, generator=generator) * hidden**-0.5).to(dtype)
-    index = torch.zeros(tokens, 1, dtype=torch.int64)
-    arguments = (x, index, base, None, None, torch.zeros(1, dtype=torch.int32), hidden, None, *NO_DELTAS)
     exact = x.double() @ base[0].double().T
-    error = (ops.moe_gate_up_forward(*arguments).double() - exact).abs()
     bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5 * (x.double().abs() @ base[0].double().abs().T)
-    assert bool((error <= bound + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps).all())
+    for layout in (base, base.transpose(1, 2).contiguous().transpose(1, 2)):
+        arguments = (x, torch.zeros(tokens, 1, dtype=torch.int64), layout, None, None, torch.zeros(1, dtype=torch.int32))
+        error = (ops.moe_gate_up_forward(*arguments, hidden, None, *NO_DELTAS).double() - exact).abs()
+        assert bool((error <= bound + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps).all())
+
+
+@pytest.mark.parametrize("tokens", [3, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_eight_bits_larger_than_is_widened_at_once(dtype: torch.dtype, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, rows, rank = 1100, 1210, 150
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    u, v = (torch.randint(-127, 128, (rank, n), generator=generator, dtype=torch.int8) for n in (rows, hidden))
+    u_scale, v_scale = ((torch.rand(rank, generator=generator) / (73 * n**0.5)).to(dtype) for n in (rank, hidden))
+    lists = [torch.tensor([n], dtype=torch.int32) for n in (rank, 0, 0)]
+    output = ops.moe_gate_up_forward(
+        x, torch.zeros(tokens, 1, dtype=torch.int64), torch.zeros(1, rows, hidden, dtype=dtype), None, None, lists[1], hidden,
+        None, [u], [v], *([part] for part in lists), [], [u_scale], [v_scale],
+    )  # fmt: skip
+    factor_u, factor_v = u.double() * u_scale.double()[:, None], v.double() * v_scale.double()[:, None]
+    exact = x.double() @ factor_v.T @ factor_u
+    precision = torch.finfo(dtype).eps + 1e-5  # of V x, and of the result
+    bound = precision * (x.double().abs() @ factor_v.abs().T @ factor_u.abs())
+    assert bool(((output.double() - exact).abs() <= bound).all())

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from d2moe_ext import hf
 from d2moe_ext.adapters import find_experts
-from d2moe_ext.bench.contenders import BATCHED_LIMIT
+from d2moe_ext.bench.contenders import BATCHED_LIMIT, gathered_bytes
 from d2moe_ext.bench.layer import relative_error, tolerance
 from d2moe_ext.cli.common import quiet_transformers, weight_bytes
 from d2moe_ext.evaluate import prunes_dynamically, set_dynamic
 from d2moe_ext.experts import D2MoEExperts
+from d2moe_ext.hf.quantizer import compressed_modules
 from d2moe_ext.shapes import experts_per_token
 
 # Of the logits' norm. Roundings of bfloat16 add up over the layers; a wrong operator is off by far more.
@@ -53,19 +54,25 @@ def load(job: dict[str, Any]) -> Any:
     implementation = job["implementation"]
     if implementation is None:
         return hf.patch_model(model)
+    use_implementation(model, implementation)
+    return model
+
+
+def use_implementation(model: Any, implementation: str) -> None:
+    """Choose how transformers runs the experts."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(implementation)
     else:
         model.config._experts_implementation = implementation
-    return model
 
 
 @torch.no_grad()
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """The relative error of a short prompt's logits against the torch backend's.
+    """The relative error of a short prompt's logits against transformers' eager experts, or if the model is compressed,
+    against the torch backend's.
 
-    The native model takes each token to the experts that the torch backend's took it to: where two experts' scores are all
-    but equal, rounding decides between them, and that is no error of the operators.
+    The native model takes each token to the experts that the other one took it to: where two experts' scores are all but
+    equal, rounding decides between them, and that is no error of the operators.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,22 +90,31 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         result["errors"][how] = error if math.isfinite(error) else None
         if not error <= limit:
             off = f"{error:.1e}, more than {limit:.0e}"
-            return result | {"note": f"wrong ({how}): its logits differ from the torch backend's by {off}"}
+            return result | {"note": f"wrong ({how}): its logits differ from the reference's by {off}"}
     return result
 
 
 def _error(model: Any, ids: Tensor) -> float:
     routes: dict[str, tuple[Tensor, ...]] = {}
-    logits = []
-    for backend in ("torch", "native"):
-        hf.patch_model(model, backend=backend)
-        experts = {name: module for name, module in model.named_modules() if isinstance(module, D2MoEExperts)}
-        hooks = [module.register_forward_pre_hook(_same_route(name, routes)) for name, module in experts.items()]
-        logits.append(model(input_ids=ids, use_cache=False).logits.float())
-        for hook in hooks:
-            hook.remove()
+    if not compressed_modules(model):
+        use_implementation(model, "eager")
+    expected = _routed_logits(model, ids, routes)
+    hf.patch_model(model)
+    try:
+        return relative_error(_routed_logits(model, ids, routes), expected)
+    finally:
         hf.unpatch_model(model)
-    return relative_error(logits[1], logits[0])
+
+
+def _routed_logits(model: Any, ids: Tensor, routes: dict[str, tuple[Tensor, ...]]) -> Tensor:
+    """Logits with each layer's tokens sent where ``routes`` says, which the first call fills."""
+    ours: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, D2MoEExperts)}
+    experts = ours or {view.name: view.module for view in find_experts(model)}
+    hooks = [module.register_forward_pre_hook(_same_route(name, routes)) for name, module in experts.items()]
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    for hook in hooks:
+        hook.remove()
+    return logits
 
 
 def _same_route(name: str, routes: dict[str, tuple[Tensor, ...]]) -> Callable[[Any, Any], Any]:
@@ -189,9 +205,7 @@ def _gathered(model: Any, implementation: str | None, tokens: int) -> int:
     if implementation != "batched_mm":
         return 0
     view = find_experts(model)[0]
-    layout = view.layout
-    per_pair = (layout.gate_up_rows + layout.intermediate_size) * layout.hidden_size
-    return tokens * experts_per_token(model) * per_pair * view.down_weight(0).element_size()
+    return gathered_bytes(view.layout, tokens * experts_per_token(model), view.down_weight(0).element_size())
 
 
 def _prompt(job: dict[str, Any], batch: int, length: int) -> Tensor:
