@@ -41,7 +41,7 @@ def rank_range(ranks: Sequence[int]) -> str:
     return str(least) if least == greatest else f"{least}-{greatest}"
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def plain_table(title: str, columns: Iterable[str]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     # As wide as its title at least, which rich would wrap instead.
     width = len(title)
@@ -52,7 +52,7 @@ def _table(title: str, columns: Iterable[str]) -> Table:
 
 
 def _before_after(title: str, plan: dict[str, Any]) -> Table:
-    table = _table(title, ("", "before", "after", "after / before"))
+    table = plain_table(title, ("", "before", "after", "after / before"))
     rows = (
         ("parameters stored", "total_parameters", "stored_parameters", human_count),
         ("parameters active per token", "active_parameters_before", "active_parameters_after", human_count),
@@ -69,7 +69,7 @@ def _before_after(title: str, plan: dict[str, Any]) -> Table:
 def _layer_table(layers: Sequence[dict[str, Any]]) -> Table:
     """Columns kept and multiplied, and ranks, a row per run of equal layers."""
     projections = list(layers[0]["ranks"])
-    table = _table("Layers", ("layer", "gate/up columns", "down columns", *(f"{name} ranks" for name in projections)))
+    table = plain_table("Layers", ("layer", "gate/up columns", "down columns", *(f"{name} ranks" for name in projections)))
     groups: list[tuple[list[str], list[str]]] = []
     for layer in layers:
         cells = [f"{layer[f'{group}_kept']} stored, {layer[f'{group}_keep']} used" for group in ("gate_up", "down")]
@@ -114,7 +114,7 @@ def compression_tables(record: dict[str, Any], out: str) -> RenderableType:
 def _error_table(deltas: dict[str, dict[str, dict[str, list[float]]]]) -> Table:
     """What truncation left out of the deltas, in the norm they were whitened with: the mean over a layer's experts."""
     projections = list(next(iter(deltas.values())))
-    table = _table("Relative error of the deltas", ("layer", *projections))
+    table = plain_table("Relative error of the deltas", ("layer", *projections))
     for layer, entries in deltas.items():
         means = [sum(entries[name]["relative_error"]) / len(entries[name]["relative_error"]) for name in projections]
         table.add_row(layer, *(f"{mean:.3f}" for mean in means))
@@ -123,7 +123,7 @@ def _error_table(deltas: dict[str, dict[str, dict[str, list[float]]]]) -> Table:
 
 def evaluation_table(record: dict[str, Any]) -> RenderableType:
     """What ``d2moe eval`` prints."""
-    table = _table("Perplexity", ("", "value"))
+    table = plain_table("Perplexity", ("", "value"))
     table.add_row("perplexity", f"{record['perplexity']:.4f}")
     table.add_row("tokens scored", f"{record['tokens']:,}")
     table.add_row("window and stride", f"{record['seqlen']}, {record['stride']}")
@@ -135,7 +135,7 @@ def evaluation_table(record: dict[str, Any]) -> RenderableType:
 
 def task_table(record: dict[str, Any]) -> RenderableType:
     """What ``d2moe eval --tasks`` prints."""
-    table = _table("Tasks", ("task", "metric", "value", "stderr", "examples", "few-shot"))
+    table = plain_table("Tasks", ("task", "metric", "value", "stderr", "examples", "few-shot"))
     for score in record["scores"]:
         stderr = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
         counts = ("" if score[key] is None else f"{score[key]:,}" for key in ("examples", "num_fewshot"))
@@ -149,13 +149,13 @@ def task_table(record: dict[str, Any]) -> RenderableType:
 
 def inspection_tables(record: dict[str, Any], title: str) -> RenderableType:
     """What ``d2moe inspect`` prints."""
-    summary = _table(title, ("", "value"))
+    summary = plain_table(title, ("", "value"))
     summary.add_row("format version", str(record["format_version"]))
     summary.add_row("parameters stored", human_count(record["parameters"]))
     summary.add_row("bytes on disk", human_bytes(record["bytes_on_disk"]))
     for name, value in record["compression"].items():
         summary.add_row(name, str(value))
-    sizes = _table("Sizes", ("layer", "experts", "bases", "parameters", "bytes"))
+    sizes = plain_table("Sizes", ("layer", "experts", "bases", "parameters", "bytes"))
     for layer in record["layers"]:
         numbers = (
             str(layer["num_experts"]),
@@ -169,7 +169,7 @@ def inspection_tables(record: dict[str, Any], title: str) -> RenderableType:
 
 def demo_tables(result: dict[str, Any]) -> RenderableType:
     """What ``d2moe demo`` prints: one row a model, then a passage from each that was asked for one."""
-    table = _table(
+    table = plain_table(
         "Before and after compression",
         ("model", "parameters", "bytes on disk", "bytes planned", "perplexity", "prefill tok/s", "generate tok/s"),
     )

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from d2moe_ext.report import _table
+from d2moe_ext.report import plain_table
 
 _TOP_SHARES = ("top 10 %", "top 25 %", "top 50 %")
 _Layer = dict[str, Any]
@@ -21,7 +21,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _summary(layers: Sequence[_Layer]) -> Table:
     """A row a diagnostic: its mean over the layers, and the layer that makes compression hardest."""
-    table = _table("Diagnostics", ("", "mean", "worst", "in layer"))
+    table = plain_table("Diagnostics", ("", "mean", "worst", "in layer"))
     low, high = min, max
     rows: list[tuple[str, Callable[[_Layer], float], Callable[..., _Layer]]] = [
         (f"CKA between experts, {name} (independent: {layers[0]['cka_independent'][group]:.2f})", _cka(group), low)
@@ -55,7 +55,7 @@ def _explained(bases: str) -> Callable[[_Layer], float]:
 
 def _retention(layers: Sequence[_Layer]) -> Table:
     """Paper, eq. 12: where the singular values' energy lies."""
-    table = _table("Energy in the largest singular values", ("", *_TOP_SHARES, "least in the top 25 %, in layer"))
+    table = plain_table("Energy in the largest singular values", ("", *_TOP_SHARES, "least in the top 25 %, in layer"))
     for part in ("experts", "base", "deltas"):
         for kind in ("plain", "whitened"):
             shares = [layer["retention"][part][kind] for layer in layers]
@@ -71,7 +71,7 @@ def _least(values: Sequence[float]) -> int:
 
 def _layers(layers: Sequence[_Layer]) -> Table:
     columns = ("CKA gate/up", "CKA down", "1 base explains", "deltas top 25 %", "least used", "most used", "unreached")
-    table = _table("Layers", ("layer", *columns))
+    table = plain_table("Layers", ("layer", *columns))
     table.columns[0].no_wrap, table.columns[0].overflow = True, "fold"
     for layer in layers:
         routing = layer["routing"]
@@ -86,7 +86,7 @@ def _predictions(advice: dict[str, Any]) -> Table:
     counts = sorted({entry["num_bases"] for entry in advice["predictions"]})
     errors = {(entry["ratio"], entry["num_bases"]): entry for entry in advice["predictions"]}
     names = [f"{count} base{'s' if count > 1 else ''}" for count in counts]
-    table = _table("Expected relative error of the experts' outputs", ("ratio", *names, "worst layer"))
+    table = plain_table("Expected relative error of the experts' outputs", ("ratio", *names, "worst layer"))
     for ratio in sorted({ratio for ratio, _ in errors}):
         cells = [errors[ratio, count]["error"] for count in counts]
         if all(error is None for error in cells):

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from d2moe_ext.report import _table, human_bytes, human_count
+from d2moe_ext.report import human_bytes, human_count, plain_table
 
 COLUMNS = ("contender", "ms", "quartiles", "× best HF", "bytes", "FLOPs", "floor ms", "floor / time")
 
@@ -17,7 +17,7 @@ def bench_tables(record: dict[str, Any]) -> RenderableType:
     """What ``d2moe bench`` and the layer benchmark print: the floors, and a table for each layer, dtype and size."""
     parts: list[RenderableType] = [Text(floors_line(record)), Text()]
     for title, rows in by_cell(record["rows"]).items():
-        table = _table(title, COLUMNS)
+        table = plain_table(title, COLUMNS)
         for row in rows:
             table.add_row(*cells(row))
         parts.append(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from d2moe_ext.cli import BAD_INPUT, INTERRUPTED, UsageError
-from d2moe_ext.cli.common import one_sentence, print_json, stdout_console
+from d2moe_ext.cli.common import print_json, stdout_console
+from d2moe_ext.cli.run import run_app
 
 PROGRAM = "python -m benchmarks.bench_layer"
 SOME_WRONG = 1
@@ -42,7 +41,7 @@ def bench(
     _check(repeats, seconds, tokens or [1], dtype or DTYPES)
     from d2moe_ext.bench.floors import measure_floors
     from d2moe_ext.bench.layer import Setting, wrong_rows
-    from d2moe_ext.bench.record import make_record, shown_command
+    from d2moe_ext.bench.record import make_record, shown_command, write_record
     from d2moe_ext.bench.timing import Budget, CacheFlush
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -54,7 +53,7 @@ def bench(
     rows: list[dict[str, Any]] = []
     for more in cells(setting, lambda line: console.print(line, markup=False)):
         rows += more
-        _write(write, make_record(kind, rows, floors, command))
+        write_record(write, make_record(kind, rows, floors, command))
     record = make_record(kind, rows, floors, command)
     if as_json:
         print_json(record)
@@ -108,13 +107,6 @@ def _draw(record: dict[str, Any], path: Path) -> None:
     (draw_growth if record["kind"] == "growth" else draw_layers)(record, path)
 
 
-def _write(path: Path | None, record: dict[str, Any]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def _check(repeats: int, seconds: float, tokens: Iterable[int], dtypes: Iterable[str]) -> None:
     for name in dtypes:
         if name not in DTYPES:
@@ -129,17 +121,4 @@ def _check(repeats: int, seconds: float, tokens: Iterable[int], dtypes: Iterable
 
 def main() -> int:
     """Run the command and return its exit code: 2 and one sentence for bad input, 1 where an output was wrong."""
-    try:
-        code = app(prog_name=PROGRAM, standalone_mode=False)
-    except UsageError as error:
-        return _refuse(error.format_message())  # type: ignore[attr-defined]  # typed as Exception for either click
-    except (ValueError, OSError) as error:
-        return _refuse(str(error))
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    return code if isinstance(code, int) else 0
-
-
-def _refuse(message: str) -> int:
-    print(f"bench_layer: {one_sentence(message)}", file=sys.stderr)
-    return BAD_INPUT
+    return run_app(app, PROGRAM, "bench_layer")

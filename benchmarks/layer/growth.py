@@ -21,7 +21,7 @@ from d2moe_ext.adapters import ExpertsView, find_experts
 from d2moe_ext.bench.contenders import Contender, compressed_contenders, make_inputs, plain_contenders
 from d2moe_ext.bench.layer import Setting, measure_cell
 from d2moe_ext.experts import D2MoEExperts
-from d2moe_ext.report import _table
+from d2moe_ext.report import plain_table
 from d2moe_ext.report_bench import floors_line
 from d2moe_ext.spec import DeltaSpec, ExpertsSpec, GroupSpec
 
@@ -136,7 +136,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 def growth_tables(record: dict[str, Any]) -> RenderableType:
     """What ``--growth`` prints."""
-    table = _table("Exponents", ("layer", "dtype", "swept", "from-to", "ms", "time", "floor", ""))
+    table = plain_table("Exponents", ("layer", "dtype", "swept", "from-to", "ms", "time", "floor", ""))
     for fit in exponents(record["rows"]):
         first, last = fit["points"][0], fit["points"][-1]
         table.add_row(

@@ -10,7 +10,7 @@ import transformers
 
 from d2moe_ext.adapters import ExpertsView, find_experts
 from d2moe_ext.budget import LayerPlan, ModelShapes, plan_compression
-from d2moe_ext.config import CompressionConfig
+from d2moe_ext.config import CompressionConfig, Preset
 from d2moe_ext.shapes import experts_per_token, model_shapes
 from d2moe_ext.spec import DeltaSpec, ExpertsSpec, GroupSpec
 
@@ -94,8 +94,10 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 SHAPES = tuple(_MODELS)
-# (preset, ratio), as d2moe plan takes them.
-VARIANTS = tuple((preset, ratio) for ratio in (0.4, 0.6) for preset in ("performance", "throughput", "quality"))
+# As d2moe plan takes them.
+Variant = tuple[Preset, float]
+_PRESETS: tuple[Preset, ...] = ("performance", "throughput", "quality")
+VARIANTS: tuple[Variant, ...] = tuple((preset, ratio) for ratio in (0.4, 0.6) for preset in _PRESETS)
 
 
 @cache
@@ -124,9 +126,9 @@ def top_k_of(shape: str) -> int:
 
 
 @cache
-def layer_plan(shape: str, preset: str, ratio: float) -> LayerPlan:
+def layer_plan(shape: str, preset: Preset, ratio: float) -> LayerPlan:
     """What ``d2moe plan`` gives the first MoE layer when the whole model is compressed at ``ratio``."""
-    return plan_compression(shapes_of(shape), CompressionConfig(ratio, preset=preset)).layers[0]  # type: ignore[arg-type]
+    return plan_compression(shapes_of(shape), CompressionConfig(ratio, preset=preset)).layers[0]
 
 
 def spec_of(plan: LayerPlan, view: ExpertsView) -> ExpertsSpec:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.layer.fill import from_plan, plain_experts
-from benchmarks.layer.shapes import VARIANTS, layer_plan, layer_view, spec_of, top_k_of
+from benchmarks.layer.shapes import VARIANTS, Variant, layer_plan, layer_view, spec_of, top_k_of
 from d2moe_ext.bench.contenders import Contender, compressed_contenders, make_inputs, plain_contenders
 from d2moe_ext.bench.layer import Setting, measure_cell
 from d2moe_ext.bench.machine import available_memory
@@ -21,8 +21,6 @@ LOOPS = (("performance", 0.4), ("throughput", 0.6))
 # Of the memory at hand; the rest is for activations and gathered weights.
 _MEMORY_SHARE = 0.75
 _UNKNOWN_MEMORY = 16 * 2**30
-
-Variant = tuple[str, float]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from benchmarks.layer.fill import fill_, from_plan
-from benchmarks.layer.shapes import spec_of
+from benchmarks.layer.shapes import Variant, spec_of
 from d2moe_ext import hf
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.bench.contenders import HF_IMPLEMENTATIONS
@@ -62,7 +62,7 @@ class Contender:
 
     name: str
     implementation: str | None = None
-    compressed: tuple[str, float] | None = None
+    compressed: Variant | None = None
 
     @property
     def checkpoint(self) -> str:
@@ -110,7 +110,7 @@ def prompt_tokens(model: str, count: int, overrides: Mapping[str, Any] | None = 
 
 @torch.no_grad()
 def random_model(
-    config: Any, dtype: torch.dtype, variant: tuple[str, float] | None = None, num_bases: int = 1
+    config: Any, dtype: torch.dtype, variant: Variant | None = None, num_bases: int = 1
 ) -> transformers.PreTrainedModel:
     """A model with random weights, made in its dtype; compressed, the experts are never made.
 
@@ -127,7 +127,7 @@ def random_model(
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
     if variant is not None:
         preset, ratio = variant
-        settings = CompressionConfig(ratio, preset=preset, num_bases=num_bases)  # type: ignore[arg-type]
+        settings = CompressionConfig(ratio, preset=preset, num_bases=num_bases)
         plans = plan_compression(model_shapes(empty), settings).layers
         specs = {}
         for view, plan in zip(find_experts(model), plans, strict=True):
@@ -152,9 +152,9 @@ def _fill_rest(model: nn.Module, within: Iterable[str]) -> None:
             fill_(parameter, 1.0 if "embed" in name else 1 / math.sqrt(parameter.shape[-1]))
 
 
-def _write_shipped(dtype: torch.dtype, wanted: Mapping[str, tuple[str, float] | None], folder: Path) -> None:
+def _write_shipped(dtype: torch.dtype, wanted: Mapping[str, Variant | None], folder: Path) -> None:
     where = str(SHIPPED_DIRECTORY)
-    model = load_model(where, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    model = load_model(where).to(dtype)
     stats = None
     for name, variant in wanted.items():
         saved = model
@@ -164,5 +164,5 @@ def _write_shipped(dtype: torch.dtype, wanted: Mapping[str, tuple[str, float] | 
                 batches = calibration_batches(tokens, _WINDOWS, _WINDOW, batch_size=8, seed=0)
                 stats = calibrate(model, batches, merge="fisher")
             saved = copy.deepcopy(model)
-            hf.compress(saved, stats, CompressionConfig(variant[1], preset=variant[0]))  # type: ignore[arg-type]
+            hf.compress(saved, stats, CompressionConfig(variant[1], preset=variant[0]))
         saved.save_pretrained(folder / name)

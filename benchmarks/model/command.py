@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from d2moe_ext.cli import BAD_INPUT, INTERRUPTED, UsageError
-from d2moe_ext.cli.common import one_sentence, print_json, stdout_console
+from d2moe_ext.cli.common import print_json, stdout_console
+from d2moe_ext.cli.run import run_app
 
 PROGRAM = "python -m benchmarks.bench_model"
 SOME_WRONG = 1
@@ -55,7 +54,7 @@ def bench(
     if not chosen:
         raise ValueError(f"--contender must be part of one of {'; '.join(c.name for c in CONTENDERS)}, got {contender}.")
     from benchmarks.model.measure import Sizes, measure_model
-    from d2moe_ext.bench.record import make_record, shown_command
+    from d2moe_ext.bench.record import make_record, shown_command, write_record
     from d2moe_ext.cli.common import quiet_transformers
 
     quiet_transformers()
@@ -65,7 +64,7 @@ def bench(
     for name in dict.fromkeys(model or MODELS):
         sizes = Sizes(new_tokens=new_tokens)
         rows += measure_model(name, dtype, chosen, repeats, sizes, lambda line: console.print(line, markup=False))
-        _write(write, make_record("model", rows, None, command))
+        write_record(write, make_record("model", rows, None, command))
     record = make_record("model", rows, None, command)
     if as_json:
         print_json(record)
@@ -81,12 +80,12 @@ def _tables(rows: list[dict[str, Any]]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from d2moe_ext.report import _table
+    from d2moe_ext.report import plain_table
 
     parts: list[Any] = []
     for name in dict.fromkeys(row["model"] for row in rows):
         found = [row for row in rows if row["model"] == name]
-        table = _table(f"{name}, {found[0]['dtype']}; tokens per second, by sequences in a batch", tuple(_TABLE.values()))
+        table = plain_table(f"{name}, {found[0]['dtype']}; tokens per second, by sequences in a batch", tuple(_TABLE.values()))
         for row in found:
             table.add_row(*(_shown(row[key]) for key in _TABLE))
         parts += [table, *(Text(f"{row['contender']}: {row['note']}") for row in found if row["note"])]
@@ -97,13 +96,6 @@ def _shown(value: Any) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def _write(path: Path | None, record: dict[str, Any]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -117,17 +109,4 @@ def main() -> int:
         from benchmarks.model.worker import run_worker
 
         return run_worker()
-    try:
-        code = app(prog_name=PROGRAM, standalone_mode=False)
-    except UsageError as error:
-        return _refuse(error.format_message())  # type: ignore[attr-defined]  # typed as Exception for either click
-    except (ValueError, OSError) as error:
-        return _refuse(str(error))
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    return code if isinstance(code, int) else 0
-
-
-def _refuse(message: str) -> int:
-    print(f"bench_model: {one_sentence(message)}", file=sys.stderr)
-    return BAD_INPUT
+    return run_app(app, PROGRAM, "bench_model")

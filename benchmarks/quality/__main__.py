@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,9 +9,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from d2moe_ext.cli import BAD_INPUT, INTERRUPTED, UsageError
-from d2moe_ext.cli.common import check_seqlen, load_config, one_sentence
+from d2moe_ext.cli.common import check_seqlen, load_config
+from d2moe_ext.cli.run import run_app
 
+PROGRAM = "python -m benchmarks.quality"
 ROW_FAILED = 1
 DEFAULT_RESULTS = Path(__file__).parent / "results"
 
@@ -70,8 +70,11 @@ def study(
         for option, length in (("--seqlen", seqlen), ("--window", window)):
             check_seqlen(option, length, load_config(str(model)))
         judges = [judge] if also in (None, judge) else [judge, also]
+        from d2moe_ext.bench.record import shown_command
+
+        given = shown_command(PROGRAM, sys.argv[1:])
         laboratory = Laboratory(
-            model, sources, judges, sizes, methods, found, _command(), lambda line: console.print(line, markup=False)
+            model, sources, judges, sizes, methods, found, given, lambda line: console.print(line, markup=False)
         )
         rows = laboratory.run(tasks, retry_failed)
         if figures:
@@ -91,39 +94,9 @@ def study(
     return ROW_FAILED if failed else 0
 
 
-def _command() -> str:
-    """The command as it was given, with files outside the current folder by their names alone."""
-    words = ["python", "-m", "benchmarks.quality"]
-    for word in sys.argv[1:]:
-        use, separator, value = word.rpartition("=")
-        words.append(use + separator + _shown(value))
-    return shlex.join(words)
-
-
-def _shown(word: str) -> str:
-    path = Path(word)
-    if not path.is_absolute() and ".." not in path.parts:
-        return word
-    resolved = path.resolve()
-    return resolved.relative_to(Path.cwd()).as_posix() if resolved.is_relative_to(Path.cwd()) else resolved.name
-
-
 def main() -> int:
     """Run the command and return its exit code: 2 and one sentence for bad input, 1 where a row failed."""
-    try:
-        code = app(prog_name="python -m benchmarks.quality", standalone_mode=False)
-    except UsageError as error:
-        return _refuse(error.format_message())  # type: ignore[attr-defined]  # typed as Exception for either click
-    except (ValueError, OSError) as error:
-        return _refuse(str(error))
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    return code if isinstance(code, int) else 0
-
-
-def _refuse(message: str) -> int:
-    print(f"quality: {one_sentence(message)}", file=sys.stderr)
-    return BAD_INPUT
+    return run_app(app, PROGRAM, "quality")
 
 
 if __name__ == "__main__":

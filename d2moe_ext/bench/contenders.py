@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from d2moe_ext.adapters import ExpertList, ExpertsView
+from d2moe_ext.adapters import ExpertList, ExpertsLayout, ExpertsView
 from d2moe_ext.bench.costs import Cost, forward_cost
 from d2moe_ext.experts import Backend, D2MoEExperts, UncompressedExperts
 from d2moe_ext.reference.moe_forward import gated_activation
@@ -58,7 +58,9 @@ class Contender:
     skip: Callable[[Routed], str | None] = lambda routed: None
 
 
-def make_inputs(layout: Any, top_k: int, tokens: int, dtype: torch.dtype, count: int = 3, seed: int = 0) -> tuple[Routed, ...]:
+def make_inputs(
+    layout: ExpertsLayout, top_k: int, tokens: int, dtype: torch.dtype, count: int = 3, seed: int = 0
+) -> tuple[Routed, ...]:
     """``count`` random inputs for one layer; every expert is as likely as any other, which touches the most of them."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
@@ -178,11 +180,15 @@ def _implementation(module: Any, name: str) -> Callable[[Routed], Tensor]:
     return run
 
 
+def gathered_bytes(layout: ExpertsLayout, pairs: int, element_size: int) -> int:
+    """What ``batched_mm`` copies of the weights for so many (token, expert) pairs."""
+    return pairs * (layout.gate_up_rows + layout.intermediate_size) * layout.hidden_size * element_size
+
+
 def _gathered_weights(module: UncompressedExperts, limit: int) -> Callable[[Routed], str | None]:
     def skip(routed: Routed) -> str | None:
-        layout = module.spec.layout
-        per_pair = (layout.gate_up_rows + layout.intermediate_size) * layout.hidden_size
-        gathered = routed.top_k_index.numel() * per_pair * module.get_parameter("down_base").element_size()
+        element_size = module.get_parameter("down_base").element_size()
+        gathered = gathered_bytes(module.spec.layout, routed.top_k_index.numel(), element_size)
         if gathered <= limit:
             return None
         return f"skipped: gathers {gathered / 2**30:.1f} GiB of weights, more than {limit / 2**30:.1f} GiB"

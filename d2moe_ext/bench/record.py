@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +37,20 @@ def make_record(kind: str, rows: Sequence[dict[str, Any]], floors: Floors | None
     }
 
 
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Write a record to a file, whose folder may be new; None writes nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def shown_command(program: str, arguments: Sequence[str]) -> str:
-    """A command as it was given, with paths outside the current folder by their last name alone."""
-    return shlex.join([*program.split(), *map(_shown, arguments)])
+    """A command as it was given, with paths outside the current folder by their last name alone, in ``NAME=PATH`` too."""
+    words = program.split()
+    for word in arguments:
+        use, separator, value = word.rpartition("=")
+        words.append(use + separator + _shown(value))
+    return shlex.join(words)
 
 
 def _shown(word: str) -> str:
