@@ -105,7 +105,7 @@ inline bool validate() {
   for (const char* const* set = instruction_sets(); *set != nullptr; ++set) {
     for (const ElementType type : {ElementType::kFloat32, ElementType::kBFloat16, ElementType::kFloat16}) {
       const ProductKernels& kernels = *product_kernels(*set, type);
-      for (const int64_t num_rows : {1, 2, 3, 5, 6, 7, 11, 12, 13, 25, 49, 60}) {
+      for (const int64_t num_rows : {1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 25, 49, 60}) {
         for (const auto& [inputs, outputs] :
              {std::pair<int64_t, int64_t>{1, 1}, {7, 40}, {33, 5}, {64, 64}, {259, 99}, {2055, 35}, {3, 300}}) {
           for (const int form : {0, 1, 2}) {

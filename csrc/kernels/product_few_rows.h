@@ -2,6 +2,40 @@
 namespace d2moe::kernels {
 namespace {
 
+// out[m][n + i] += the sum of sums[m][i]. An output's order of adding does not depend on N, so that it does not matter
+// which tile of outputs it falls into.
+template <typename Isa, int M, int N>
+inline void add_totals(const typename Isa::Vector (*sums)[N], float* const* out, int64_t n) {
+  if constexpr (N % 4 == 0) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+      for (int i = 0; i < N; i += 4) {
+        Isa::add_four_totals(sums[m] + i, out[m] + n + i);
+      }
+    }
+    return;
+  }
+  constexpr int kFours = M / 4 * 4;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 2
+    for (int m = 0; m < kFours; m += 4) {
+      const typename Isa::Vector four[4] = {sums[m][i], sums[m + 1][i], sums[m + 2][i], sums[m + 3][i]};
+      float totals[4] = {};
+      Isa::add_four_totals(four, totals);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        out[m + r][n + i] += totals[r];
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = kFours; m < M; ++m) {
+      out[m][n + i] += Isa::total(sums[m][i]);
+    }
+  }
+}
+
 // `first` tells the rows of x that read these weights first, from memory: they call for the next tile's ahead of time.
 template <typename Isa, int M, int N, bool first>
 inline void multiply_row_tile(const typename Isa::Input* const* x, int64_t x_begin, const typename Isa::Weight* w,
@@ -43,24 +77,14 @@ inline void multiply_row_tile(const typename Isa::Input* const* x, int64_t x_beg
       }
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    if constexpr (N == 1) {
-      out[m][n] += Isa::total(sums[m][0]);
-    } else {
-#pragma GCC unroll 2
-      for (int i = 0; i < N; i += 4) {
-        Isa::add_four_totals(sums[m] + i, out[m] + n + i);
-      }
-    }
-  }
+  add_totals<Isa, M, N>(sums, out, n);
 }
 
 // All outputs begin to end of M rows, for inputs x_begin to x_begin + length.
 template <typename Isa, int M, bool first>
 inline void multiply_row_panel(const RowProduct& p, const typename Isa::Input* const* x, float* const* out,
                                int64_t x_begin, int64_t length, int64_t begin, int64_t end) {
-  constexpr int kWide = M <= Isa::kWideRows ? 8 : 4;
+  constexpr int kWide = M <= Isa::kWideRows ? 8 : M <= Isa::kRowTile ? 4 : 3;
   const auto* weights = static_cast<const typename Isa::Weight*>(p.weights) + x_begin;
   int64_t n = begin;
   for (; n + kWide <= end; n += kWide) {
@@ -71,41 +95,34 @@ inline void multiply_row_panel(const RowProduct& p, const typename Isa::Input* c
   }
 }
 
-template <typename Isa, bool first>
-inline void multiply_row_block(const RowProduct& p, int64_t row, int64_t x_begin, int64_t length, int64_t begin,
-                               int64_t end) {
-  const auto* const* x = reinterpret_cast<const typename Isa::Input* const*>(p.x) + row;
-  float* const* out = p.out + row;
-  const int64_t rows = p.num_rows - row < Isa::kRowTile ? p.num_rows - row : Isa::kRowTile;
-  switch (rows) {
-    case 1:
-      return multiply_row_panel<Isa, 1, first>(p, x, out, x_begin, length, begin, end);
-    case 2:
-      return multiply_row_panel<Isa, 2, first>(p, x, out, x_begin, length, begin, end);
-    case 3:
-      return multiply_row_panel<Isa, 3, first>(p, x, out, x_begin, length, begin, end);
-    case 4:
-      return multiply_row_panel<Isa, 4, first>(p, x, out, x_begin, length, begin, end);
-    case 5:
-      return multiply_row_panel<Isa, 5, first>(p, x, out, x_begin, length, begin, end);
-    default:
-      return multiply_row_panel<Isa, 6, first>(p, x, out, x_begin, length, begin, end);
+// The panel of rows `row` to `row` + `count`, up to M of them.
+template <typename Isa, int M, bool first>
+inline void multiply_row_block(const RowProduct& p, int64_t row, int64_t count, int64_t x_begin, int64_t length,
+                               int64_t begin, int64_t end) {
+  if (count == M) {
+    const auto* const* x = reinterpret_cast<const typename Isa::Input* const*>(p.x) + row;
+    multiply_row_panel<Isa, M, first>(p, x, p.out + row, x_begin, length, begin, end);
+  } else if constexpr (M > 1) {
+    multiply_row_block<Isa, M - 1, first>(p, row, count, x_begin, length, begin, end);
   }
 }
 
-// Outputs from first_output on.
+// Outputs from first_output on. The first rows, as many as registers allow, read W from memory, and the rest of them in
+// tiles of nearly the same size from the cache.
 template <typename Isa>
 inline void multiply_row_panels(const RowProduct& p, int64_t first_output) {
   constexpr int64_t kBlock = tuning::kRowBlockBytes / static_cast<int64_t>(sizeof(typename Isa::Input));
-  // A few rows read W from memory: tile by tile, each to its end, in the order it is stored in. Many stay with a panel.
-  const int64_t panel = p.num_rows <= Isa::kRowTile ? 8 : tuning::kRowPanel;
+  const int64_t first = p.num_rows < Isa::kFirstRows ? p.num_rows : Isa::kFirstRows, rest = p.num_rows - first;
+  const int64_t num_tiles = (rest + Isa::kRowTile - 1) / Isa::kRowTile;
+  const int64_t panel = rest == 0 ? tuning::kFewRowPanel : tuning::kRowPanel;
   for (int64_t begin = first_output; begin < p.end; begin += panel) {
     const int64_t end = begin + panel < p.end ? begin + panel : p.end;
     for (int64_t k = 0; k < p.num_inputs; k += kBlock) {
       const int64_t length = k + kBlock < p.num_inputs ? kBlock : p.num_inputs - k;
-      multiply_row_block<Isa, true>(p, 0, k, length, begin, end);
-      for (int64_t row = Isa::kRowTile; row < p.num_rows; row += Isa::kRowTile) {
-        multiply_row_block<Isa, false>(p, row, k, length, begin, end);
+      multiply_row_block<Isa, Isa::kFirstRows, true>(p, 0, first, k, length, begin, end);
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t row = tile * rest / num_tiles, row_end = (tile + 1) * rest / num_tiles;
+        multiply_row_block<Isa, Isa::kRowTile, false>(p, first + row, row_end - row, k, length, begin, end);
       }
     }
   }

@@ -22,6 +22,7 @@ struct Avx2 {
   using Vector = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kRowTile = 2;  // 2 x 4 sums, 4 weights and an input of 16 registers
+  static constexpr int kFirstRows = kRowTile;
   static constexpr int kWideRows = 1;
   static constexpr int kChannelRows = 2;
   static constexpr int kSteps = 4;

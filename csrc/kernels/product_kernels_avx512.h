@@ -41,7 +41,8 @@ inline __m512 widen_bfloat16(__m256i bits) {
 struct Avx512 {
   using Vector = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kRowTile = 6;  // 6 x 4 sums, 4 weights and an input fill the 32 registers
+  static constexpr int kRowTile = 6;    // 6 x 4 sums, 4 weights and an input fill the 32 registers
+  static constexpr int kFirstRows = 8;  // 8 x 3 sums
   static constexpr int kWideRows = 3;
   static constexpr int kChannelRows = 4;
   // One row of x reads channels at 27 GB/s on one core with 4 steps and 25 with 8; 6 rows at 20 and 17.

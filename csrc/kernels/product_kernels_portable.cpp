@@ -17,6 +17,7 @@ struct Portable {
   using Vector = EightFloats;
   static constexpr int kLanes = 8;
   static constexpr int kRowTile = 2;
+  static constexpr int kFirstRows = kRowTile;
   static constexpr int kWideRows = 0;
   static constexpr int kChannelRows = 2;
   static constexpr int kSteps = 4;

@@ -3,7 +3,8 @@
 //
 // A file says what its vectors are, in a type such as Avx2 (product_kernels_avx2.cpp):
 //   Vector, kLanes         of float32: loaded, stored, multiplied, added up, transposed
-//   kRowTile, kWideRows    rows of x that a row product takes at a time; up to how many of them with 8 outputs, not 4
+//   kRowTile, kFirstRows   rows of x that a row product takes at a time, with 4 outputs or 3; the first rows of several
+//   kWideRows              up to how many of them with 8 outputs
 //   kChannelRows, kSteps   rows of x, and loads of channels held in registers, of a product by channel
 //   kPacks, kPackedRows    whether many rows are multiplied with packed weights, and how many at a time
 // and Float32Products, or a type of its own like it, says what is multiplied:

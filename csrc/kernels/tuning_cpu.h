@@ -8,12 +8,18 @@
 
 namespace d2moe::kernels::tuning {
 
-// Bytes of a row of x that a row product takes at a time: six rows of it stay in a first-level cache of 32 KiB or more.
+// Bytes of a row of x that a row product takes at a time: eight rows of it stay in a first-level cache of 32 KiB or
+// more.
 constexpr int64_t kRowBlockBytes = 4096;
-// Weight rows that many rows of x pass by: 128 rows of a block are half of a second-level cache of 1 MiB. With 64, and
-// the next 64 called for meanwhile, [M, 2048] x [2048, 1536] had 342, 402, 499 for M = 12, 16, 24 instead of 375, 426,
-// 515.
-constexpr int64_t kRowPanel = 128;
+// Weight rows that a block of x passes by before the next block does: where all rows of x go at once, and where weights
+// wait in the second-level cache (1 MiB) for more of them. Multiples of all tiles' outputs (8, 4, 3).
+//
+// [M, 14336] x [14336, 4096], GB/s: M = 1, 4, 8: 57, 56, 50 with 48; 57, 56, 46 with 24; 48, 53, 44 with 12. Eight rows
+// of x go at once, by 3 outputs each: 46 to 61 GB/s at the shapes of three models, where 6 and 2 with 4 outputs had 39
+// to 43. M = 16, by 8, 4 and 4 rows: 32 to 38 GB/s; by 6, 6 and 4: 30 to 33. Calling, during the later rows, for a part
+// or all of the next panel gained nothing, with panels of 48, 96 and 192.
+constexpr int64_t kFewRowPanel = 48;
+constexpr int64_t kRowPanel = 96;
 
 // By channel: the outputs, in float32, that stay in the first-level cache while channels pass by, over all rows of x.
 constexpr int64_t kStripBytes = 16384;
