@@ -33,6 +33,7 @@ __all__ = ["D2MoEExperts", "DeltaSpec", "ExpertsSpec", "GroupSpec", "Uncompresse
 
 
 Backend = Literal["torch", "native"]
+_CACHE_LINE = 64
 
 
 class _Operators(NamedTuple):
@@ -140,7 +141,16 @@ class D2MoEExperts(nn.Module):
             base: nn.Parameter = getattr(self, f"{group}_base")
             by_channel = base.detach().transpose(1, 2)
             base.data = by_channel.contiguous().transpose(1, 2) if backend == "native" else base.detach().contiguous()
+        if backend == "native":
+            self._align()
         self.backend = backend
+
+    def _align(self) -> None:
+        """Copy what begins off a cache line's boundary, as tensors do that are mapped from a checkpoint's file: each load of a
+        vector would cross two lines. Tensor by tensor, so that no more than one of them is held twice."""
+        for parameter in self.parameters(recurse=False):
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _CACHE_LINE:
+                parameter.data = parameter.detach().clone()  # keeps the layout; torch allocates at cache lines
 
     @property
     def prunes_dynamically(self) -> bool:
@@ -320,6 +330,9 @@ class UncompressedExperts(D2MoEExperts):
         super()._apply(fn, recurse)
         self._share()
         return self
+
+    def _align(self) -> None:
+        """Nothing: weights stay where the original has them."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.original.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)

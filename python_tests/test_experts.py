@@ -389,3 +389,34 @@ def test_generation_of_a_compressed_model_is_the_plain_models():
     for view in find_experts(model):
         view.replace(compress_exactly(view))
     assert torch.equal(model.generate(token_ids(), max_new_tokens=5, do_sample=False), expected)
+
+
+def off_the_line(parameter):
+    """The same values, as if mapped from a file: not at a cache line's boundary."""
+    element = parameter.element_size()
+    spare = torch.empty(parameter.numel() + 64 // element, dtype=parameter.dtype)
+    first = (16 - spare.data_ptr() % 64) // element % (64 // element)
+    return spare[first : first + parameter.numel()].view(parameter.shape).copy_(parameter)
+
+
+def test_the_native_backend_moves_weights_to_cache_lines():
+    view = find_experts(tiny_model("mixtral"))[0]
+    module = compress_exactly(view, pruned=4, dynamic=4)
+    x, ids, weights = routed()
+    expected = module(x, ids, weights)
+    for parameter in module.parameters():
+        parameter.data = off_the_line(parameter.detach())
+        assert parameter.data_ptr() % 64
+    module.set_backend("native")
+    assert not any(parameter.data_ptr() % 64 for parameter in module.parameters())
+    assert module.gate_up_base.stride(1) == 1
+    assert_close(module(x, ids, weights), expected)
+
+
+def test_an_uncompressed_layer_stays_where_its_weights_are():
+    view = find_experts(tiny_model("mixtral"))[0]
+    for parameter in view.module.parameters():
+        parameter.data = off_the_line(parameter.detach())
+    before = [parameter.data_ptr() for parameter in view.module.parameters()]
+    D2MoEExperts.uncompressed(view).set_backend("native")
+    assert [parameter.data_ptr() for parameter in view.module.parameters()] == before
