@@ -46,10 +46,10 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def floors_line(record: dict[str, Any]) -> str:
-    """The floors in one sentence."""
+    """The floors at the start, in one sentence; each row has those of its own rounds."""
     floors = record["floors"]
     rates = "; ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in floors["rates"].items())
     return (
         f"{record['machine']}. Memory read at {floors['bandwidth'] / 1e9:.1f} GB/s ({floors['bandwidth_by']}); "
-        f"matrix products at {rates}."
+        f"matrix products at {rates}; both are measured again beside the contenders."
     )

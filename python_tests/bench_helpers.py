@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from d2moe_ext.bench import floors
-from d2moe_ext.bench.floors import Floors
+from d2moe_ext.bench.floors import Floors, Gauge, Gauges
 from d2moe_ext.bench.layer import Setting
 from d2moe_ext.bench.timing import Budget, CacheFlush
 
@@ -15,12 +16,26 @@ FLOORS = Floors(bandwidth=1e9, bandwidth_by="sum of float32", rates={"float32": 
 
 ROW_FIELDS = {
     "tokens", "dtype", "contender", "kind", "layer", "dynamic", "note", "relative_error", "bytes", "flops", "floor_ms",
-    "median_ms", "low_ms", "high_ms", "rounds", "share_of_floor", "speed_over_hf", "best_hf", "saved_ms", "threads",
+    "median_ms", "low_ms", "high_ms", "rounds", "share_of_floor", "speed_over_hf", "best_hf", "saved_ms",
+    "bandwidth", "rate", "threads",
 }  # fmt: skip
 
 
+class FixedGauges(Gauges):
+    """Operations that do nothing, at the rates of FLOORS."""
+
+    def __init__(self) -> None:
+        self._read = Gauge(FLOORS.bandwidth_by, FLOORS.bandwidth, lambda: None, 1.0)
+        self._products = {dtype: Gauge("product", rate, lambda: None, 1.0) for dtype, rate in FLOORS.rates.items()}
+
+    def floors_of(self, seconds: Mapping[str, Sequence[float]], dtype: str) -> Floors:
+        """FLOORS, once the operations were timed."""
+        assert len(super().floors_of(seconds, dtype).rates) == 1
+        return FLOORS
+
+
 def quick_setting(repeats: int = 4) -> Setting:
-    return Setting(FLOORS, Budget(repeats=repeats, seconds=0.01), CacheFlush(2**12))
+    return Setting(FixedGauges(), Budget(repeats=repeats, seconds=0.01), CacheFlush(2**12))
 
 
 def measure_little(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +70,8 @@ def layer_row(contender: str = "uncompressed", **changes: Any) -> dict[str, Any]
         "speed_over_hf": 1.0,
         "best_hf": "eager",
         "saved_ms": None,
+        "bandwidth": 1e9,
+        "rate": 2e9,
         "threads": 1,
         "preset": None,
         "ratio": None,

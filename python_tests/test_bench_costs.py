@@ -11,7 +11,7 @@ from tiny_models import EXPERTS, HIDDEN, INTER, compress_exactly, tiny_model
 
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.bench.costs import Cost, covered, forward_cost
-from d2moe_ext.bench.floors import Floors, measure_floors
+from d2moe_ext.bench.floors import Floors, Gauges
 from d2moe_ext.bench.machine import available_memory, describe_machine, last_level_cache
 from d2moe_ext.experts import D2MoEExperts
 from d2moe_ext.spec import DeltaSpec, ExpertsSpec, GroupSpec
@@ -139,11 +139,19 @@ def test_covered():
 
 def test_floors(monkeypatch):
     measure_little(monkeypatch)
-    floors = measure_floors(["float32", "bfloat16", "float32"])
+    gauges = Gauges(["float32", "bfloat16", "float32"])
+    floors = gauges.floors
     assert floors.bandwidth > 0
     assert set(floors.rates) == {"float32", "bfloat16"}
     assert min(floors.rates.values()) > 0
     assert floors.threads == torch.get_num_threads()
+    read, product = gauges.runs("bfloat16")
+    again = gauges.floors_of({read: [2.0, 1.0, 4.0], product: [0.5]}, "bfloat16")
+    assert again.bandwidth == 2**20 / 2.0
+    assert again.rates == {"bfloat16": 2 * 8 * 16 * 32 / 0.5}
+    assert (again.bandwidth_by, again.threads) == (floors.bandwidth_by, floors.threads)
+    for run in gauges.runs("float32").values():
+        assert run(None).dtype == torch.float32 or floors.bandwidth_by.startswith(("sum of int64", "largest of int32"))
 
 
 def test_the_longer_time_is_the_floor():

@@ -98,7 +98,7 @@ def test_page(tmp_path):
     assert "99.0" not in text
     assert "What was out of reach." in text
     assert "![layer](performance/layer.png)" in text
-    assert "- floors: 1.0 GB/s (sum of float32); 1 GFLOP/s in float32; 2 GFLOP/s in bfloat16" in text
+    assert "- floors at the start: 1.0 GB/s (sum of float32); 1 GFLOP/s in float32; 2 GFLOP/s in bfloat16" in text
     assert (
         "| compressed | bfloat16 | rank | 16 to 32 | 256.00 to 1024.00 | 2.00 | 1.00 | **exceeds the floor's by 1.00** |"
         in text

@@ -39,7 +39,7 @@ def bench(
 ) -> int:
     """Time one MoE layer's forward, contenders in turn, with cold caches."""
     _check(repeats, seconds, tokens or [1], dtype or DTYPES)
-    from d2moe_ext.bench.floors import measure_floors
+    from d2moe_ext.bench.floors import Gauges
     from d2moe_ext.bench.layer import Setting, wrong_rows
     from d2moe_ext.bench.record import make_record, shown_command, write_record
     from d2moe_ext.bench.timing import Budget, CacheFlush
@@ -47,14 +47,14 @@ def bench(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     kind, dtypes = ("growth", dtype or ["bfloat16"]) if growth else ("layer", dtype or list(DTYPES))
     cells = _growth(dtypes) if growth else _layers(shape, dtypes, tokens, contender, memory)
-    floors = measure_floors(dtypes)
-    setting = Setting(floors, Budget(repeats, seconds), CacheFlush())
+    gauges = Gauges(dtypes)
+    setting = Setting(gauges, Budget(repeats, seconds), CacheFlush())
     command = shown_command(PROGRAM, sys.argv[1:])
     rows: list[dict[str, Any]] = []
     for more in cells(setting, lambda line: console.print(line, markup=False)):
         rows += more
-        write_record(write, make_record(kind, rows, floors, command))
-    record = make_record(kind, rows, floors, command)
+        write_record(write, make_record(kind, rows, gauges.floors, command))
+    record = make_record(kind, rows, gauges.floors, command)
     if as_json:
         print_json(record)
     else:

@@ -62,7 +62,7 @@ def measure_growth(
 
     Args:
         dtypes: each is swept.
-        setting: floors, rounds and the cache flush.
+        setting: what floors are measured with, rounds and the cache flush.
         progress: called with a line before each point.
         start: what stays fixed; None: :data:`START`.
     """

@@ -49,7 +49,7 @@ def measure_sweep(sweep: Sweep, setting: Setting, progress: Callable[[str], None
 
     Args:
         sweep: what to measure.
-        setting: floors, rounds and the cache flush.
+        setting: what floors are measured with, rounds and the cache flush.
         progress: called with a line before each cell.
     """
     for shape in sweep.shapes:

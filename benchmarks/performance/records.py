@@ -33,13 +33,8 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(records: Iterable[dict[str, Any]], kind: str) -> list[Row]:
-    """The rows of all records of a kind, each with its record's bandwidth where that is known."""
-    rows = []
-    for record in records:
-        if record["kind"] == kind:
-            about = {"bandwidth": record["floors"]["bandwidth"]} if "floors" in record else {}
-            rows += [row | about for row in record["rows"]]
-    return rows
+    """The rows of all records of a kind."""
+    return [row for record in records if record["kind"] == kind for row in record["rows"]]
 
 
 def _check_cells(rows: list[Row]) -> None:

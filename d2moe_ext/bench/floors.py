@@ -1,13 +1,16 @@
-"""What the machine does at best: how fast it reads memory and multiplies matrices, from plain torch.
+"""How fast the machine reads memory and multiplies matrices, from plain torch.
 
-A forward can be no faster than ``max(bytes / bandwidth, FLOPs / rate)``. Both are the best of several ways to ask, as a floor
-that is measured badly makes a forward look good.
+A forward can be no faster than ``max(bytes / bandwidth, FLOPs / rate)``. Both rates are the best of several ways to ask, as a
+floor that is measured badly makes a forward look good. A shared machine's memory is not the same from one minute to the
+next, so the operations that were fastest are kept, and timed again in every round beside the contenders that are held
+against them.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +26,12 @@ READ_BYTES = 2**30
 # a core in float32, 490 in bfloat16).
 GEMM_SHAPES = ((512, 4096, 4096), (1024, 2048, 2048), (2048, 2048, 4096))
 _REPEATS = 3
+_READ, _PRODUCT = "floor: read", "floor: product"
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Measured in one process, with ``threads`` threads.
+    """Rates that a forward is held against, with ``threads`` threads.
 
     Attributes:
         bandwidth: bytes read per second.
@@ -50,21 +54,59 @@ class Floors:
         return asdict(self)
 
 
-@torch.no_grad()
-def measure_floors(dtypes: Iterable[str]) -> Floors:
-    """Measure both rates; a few seconds.
+@dataclass(frozen=True)
+class Gauge:
+    """An operation that goes as fast as the machine does.
+
+    Attributes:
+        name: what it is.
+        amount: the bytes that it reads, or its FLOPs.
+        seconds: the least that it took when it was chosen.
+    """
+
+    name: str
+    amount: float
+    run: Callable[[], object]
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Amount per second when it was chosen."""
+        return self.amount / self.seconds
+
+
+class Gauges:
+    """One operation that reads memory and, for each dtype, one that multiplies matrices.
 
     Args:
-        dtypes: names such as ``"bfloat16"``, whose products are timed.
+        dtypes: names such as ``"bfloat16"``, whose products are timed. Choosing takes a few seconds.
     """
-    bandwidth, name = _bandwidth(READ_BYTES)
-    rates = {dtype: _gemm_rate(getattr(torch, dtype), GEMM_SHAPES) for dtype in dict.fromkeys(dtypes)}
-    return Floors(bandwidth, name, rates, torch.get_num_threads())
+
+    @torch.no_grad()
+    def __init__(self, dtypes: Iterable[str]) -> None:
+        self._read = _fastest(_reads(READ_BYTES))
+        self._products = {dtype: _fastest(_products(getattr(torch, dtype), GEMM_SHAPES)) for dtype in dict.fromkeys(dtypes)}
+
+    @property
+    def floors(self) -> Floors:
+        """The rates at which the operations were chosen."""
+        rates = {dtype: product.rate for dtype, product in self._products.items()}
+        return Floors(self._read.rate, self._read.name, rates, torch.get_num_threads())
+
+    def runs(self, dtype: str) -> dict[str, Callable[[object], object]]:
+        """The operations for :func:`d2moe_ext.bench.timing.time_rounds`, by names that no contender has."""
+        read, product = self._read.run, self._products[dtype].run
+        return {_READ: lambda _: read(), _PRODUCT: lambda _: product()}
+
+    def floors_of(self, seconds: Mapping[str, Sequence[float]], dtype: str) -> Floors:
+        """The floors of some rounds, from the median times of :meth:`runs` in them."""
+        bandwidth = self._read.amount / statistics.median(seconds[_READ])
+        rate = self._products[dtype].amount / statistics.median(seconds[_PRODUCT])
+        return Floors(bandwidth, self._read.name, {dtype: rate}, torch.get_num_threads())
 
 
-def _bandwidth(read_bytes: int) -> tuple[float, str]:
-    """Bytes per second and the operation that reached it: reductions, whose rate depends on how well torch vectorises
-    each of them, and a matrix-vector product."""
+def _reads(read_bytes: int) -> Iterator[Gauge]:
+    """Reductions, whose rate depends on how well torch vectorises each of them, and a matrix-vector product."""
     floats = torch.ones(read_bytes // 4)
     width = min(4096, floats.numel())
     matrix = floats[: floats.numel() // width * width].view(-1, width)
@@ -76,20 +118,21 @@ def _bandwidth(read_bytes: int) -> tuple[float, str]:
         "largest of int32": lambda: floats.view(torch.int32).amax(),
         "matrix-vector product in float32": lambda: matrix @ vector,
     }
-    seconds = {name: best_seconds(read) for name, read in reads.items()}
-    fastest = min(seconds, key=seconds.__getitem__)
-    return 4 * matrix.numel() / seconds[fastest], fastest
+    for name, read in reads.items():
+        yield Gauge(name, 4 * matrix.numel(), read, best_seconds(read))
 
 
-def _gemm_rate(dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]]) -> float:
-    rates = []
+def _products(dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]]) -> Iterator[Gauge]:
     for tokens, out, inputs in shapes:
         # Random numbers: a processor may run faster on ones.
         x, weight = torch.rand(tokens, inputs).to(dtype), torch.rand(out, inputs).to(dtype)
         by_column = weight.t().contiguous()
-        products = (partial(functional.linear, x, weight), partial(torch.mm, x, by_column))
-        rates += [2 * tokens * out * inputs / best_seconds(product) for product in products]
-    return max(rates)
+        for run in (partial(functional.linear, x, weight), partial(torch.mm, x, by_column)):
+            yield Gauge(f"product of {tokens}, {out}, {inputs}", 2.0 * tokens * out * inputs, run, best_seconds(run))
+
+
+def _fastest(gauges: Iterable[Gauge]) -> Gauge:
+    return max(gauges, key=lambda gauge: gauge.rate)
 
 
 def best_seconds(run: Callable[[], object], repeats: int = _REPEATS) -> float:

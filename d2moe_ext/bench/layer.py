@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2moe_ext.bench.contenders import Contender, Routed
-from d2moe_ext.bench.floors import Floors
+from d2moe_ext.bench.floors import Floors, Gauges
 from d2moe_ext.bench.timing import Budget, quartiles, time_rounds
 
 WRONG = "wrong"
@@ -25,7 +25,7 @@ _LONGEST_SUM = 2**14
 class Setting:
     """What all cells of a measurement share."""
 
-    floors: Floors
+    gauges: Gauges
     budget: Budget
     flush: Callable[[], None]
 
@@ -54,18 +54,21 @@ def measure_cell(contenders: Sequence[Contender], inputs: Sequence[Routed], sett
     """A row for each contender on inputs of one size.
 
     Every contender is first run once and compared with its reference; one that is wrong is not timed, and its row says so.
+    Floors are measured in the same rounds: the rates in a row are the medians over them.
 
     Args:
         contenders: those timed together.
         inputs: taken in turn, all of one size.
-        setting: floors, rounds and the cache flush.
+        setting: what floors are measured with, rounds and the cache flush.
     """
     notes, errors, first_run = _check(contenders, inputs[0])
-    runs = {c.name: c.run for c in contenders if notes[c.name] is None}
+    runs: dict[str, Callable[[Routed], object]] = {c.name: c.run for c in contenders if notes[c.name] is None}
     seconds: dict[str, list[float]] = {}
+    dtype, floors = _dtype(inputs), setting.gauges.floors
     if runs:
         rounds = setting.budget.rounds(sum(first_run[name] for name in runs), len(inputs))
-        seconds = time_rounds(runs, inputs, rounds, setting.flush)
+        seconds = time_rounds(runs | setting.gauges.runs(dtype), inputs, rounds, setting.flush)
+        floors = setting.gauges.floors_of(seconds, dtype)
     best = min(
         (c.name for c in contenders if c.kind == "hf" and c.name in seconds),
         key=lambda name: statistics.median(seconds[name]),
@@ -75,15 +78,15 @@ def measure_cell(contenders: Sequence[Contender], inputs: Sequence[Routed], sett
     for c in contenders:
         row: dict[str, Any] = {
             "tokens": inputs[0].hidden_states.shape[0],
-            "dtype": _dtype(inputs),
+            "dtype": dtype,
             "contender": c.name,
             "kind": c.kind,
         }
         row |= {"layer": c.layer, "dynamic": c.dynamic, "note": notes[c.name], "relative_error": errors.get(c.name)}
-        row |= _floor(c, inputs, setting.floors)
+        row |= _floor(c, inputs, floors)
         row |= _times(seconds.get(c.name), seconds.get(best or ""), best, row["floor_ms"])
         row["saved_ms"] = _saved(c, contenders, seconds)
-        rows.append(row | {"threads": setting.floors.threads})
+        rows.append(row | {"bandwidth": floors.bandwidth, "rate": floors.rates[dtype], "threads": floors.threads})
     return rows
 
 

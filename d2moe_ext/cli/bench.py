@@ -69,21 +69,21 @@ def _check(directory: Path, tokens: list[int], repeats: int, seconds: float) -> 
 
 def _measure(network: PreTrainedModel, layer: int, tokens: list[int], repeats: int, seconds: float) -> dict[str, Any]:
     from d2moe_ext.bench.contenders import make_inputs
-    from d2moe_ext.bench.floors import measure_floors
+    from d2moe_ext.bench.floors import Gauges
     from d2moe_ext.bench.layer import Setting, measure_cell
     from d2moe_ext.bench.record import make_record, shown_command
     from d2moe_ext.bench.timing import Budget, CacheFlush
     from d2moe_ext.shapes import experts_per_token
 
     name, layout, contenders = _contenders(network, layer)
-    setting = Setting(measure_floors([str(network.dtype).removeprefix("torch.")]), Budget(repeats, seconds), CacheFlush())
+    setting = Setting(Gauges([str(network.dtype).removeprefix("torch.")]), Budget(repeats, seconds), CacheFlush())
     rows: list[dict[str, Any]] = []
     with common.progress_bar() as progress:
         for done, count in enumerate(tokens):
             progress("sizes", done, len(tokens))
             inputs = make_inputs(layout, experts_per_token(network), count, network.dtype)
             rows += [{"shape": name} | row for row in measure_cell(contenders, inputs, setting)]
-    return make_record("checkpoint", rows, setting.floors, shown_command("d2moe", sys.argv[1:]))
+    return make_record("checkpoint", rows, setting.gauges.floors, shown_command("d2moe", sys.argv[1:]))
 
 
 def _contenders(network: PreTrainedModel, layer: int) -> tuple[str, ExpertsLayout, list[Contender]]:
