@@ -23,7 +23,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kRowTile = 2;  // 2 x 4 sums, 4 weights and an input of 16 registers
   static constexpr int kFirstRows = kRowTile;
-  static constexpr int kWideRows = 1;
+  static constexpr int kLineRows = 1;
   static constexpr int kChannelRows = 2;
   static constexpr int kSteps = 4;
   static constexpr bool kPacks = true;
@@ -49,6 +49,7 @@ struct Avx2 {
   static Vector multiply_add(Vector weights, Vector input, Vector sums) {
     return _mm256_fmadd_ps(weights, input, sums);
   }
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static __m128 totals(Vector a, Vector b, Vector c, Vector d) {
     const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));

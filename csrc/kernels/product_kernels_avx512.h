@@ -43,7 +43,7 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kRowTile = 6;    // 6 x 4 sums, 4 weights and an input fill the 32 registers
   static constexpr int kFirstRows = 8;  // 8 x 3 sums
-  static constexpr int kWideRows = 3;
+  static constexpr int kLineRows = 4;
   static constexpr int kChannelRows = 4;
   // One row of x reads channels at 27 GB/s on one core with 4 steps and 25 with 8; 6 rows at 20 and 17.
   static constexpr int kSteps = 4;
@@ -73,6 +73,7 @@ struct Avx512 {
   static Vector multiply_add(Vector weights, Vector input, Vector sums) {
     return _mm512_fmadd_ps(weights, input, sums);
   }
+  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static float total(Vector a) { return _mm512_reduce_add_ps(a); }
   static void add_four_totals(const Vector* sums, float* out) {
     const Vector ab = _mm512_add_ps(_mm512_unpacklo_ps(sums[0], sums[1]), _mm512_unpackhi_ps(sums[0], sums[1]));

@@ -18,7 +18,7 @@ struct Portable {
   static constexpr int kLanes = 8;
   static constexpr int kRowTile = 2;
   static constexpr int kFirstRows = kRowTile;
-  static constexpr int kWideRows = 0;
+  static constexpr int kLineRows = 0;
   static constexpr int kChannelRows = 2;
   static constexpr int kSteps = 4;
   static constexpr bool kPacks = false;  // compilers keep a packed tile's sums in memory

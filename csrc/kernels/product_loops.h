@@ -4,7 +4,7 @@
 // A file says what its vectors are, in a type such as Avx2 (product_kernels_avx2.cpp):
 //   Vector, kLanes         of float32: loaded, stored, multiplied, added up, transposed
 //   kRowTile, kFirstRows   rows of x that a row product takes at a time, with 4 outputs or 3; the first rows of several
-//   kWideRows              up to how many of them with 8 outputs
+//   kLineRows              up to how many rows of x read weights line after line
 //   kChannelRows, kSteps   rows of x, and loads of channels held in registers, of a product by channel
 //   kPacks, kPackedRows    whether many rows are multiplied with packed weights, and how many at a time
 // and Float32Products, or a type of its own like it, says what is multiplied:
@@ -72,7 +72,10 @@ void multiply_channels(const ChannelProduct& p) {
       return multiply_channel_rest<Isa>(p, multiply_packed<Isa>(p));
     }
   }
-  multiply_channel_strips<Isa>(p);
+  if (p.num_rows <= tuning::kChannelAheadRows) {
+    return multiply_channel_strips<Isa, true>(p);
+  }
+  multiply_channel_strips<Isa, false>(p);
 }
 
 template <typename Isa>

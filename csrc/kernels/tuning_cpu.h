@@ -11,6 +11,14 @@ namespace d2moe::kernels::tuning {
 // Bytes of a row of x that a row product takes at a time: eight rows of it stay in a first-level cache of 32 KiB or
 // more.
 constexpr int64_t kRowBlockBytes = 4096;
+// The same of one to four rows, for which W is read line after line, and how far ahead of it memory is called for. One
+// row of x, GB/s at the shapes of three models: 60 to 78 so, and 57 to 60 with eight lines side by side, while a plain
+// loop that adds numbers up read 67; four rows: 42 to 67 and 41 to 55.
+constexpr int64_t kLineBlockBytes = 8192;
+constexpr int64_t kAheadBytes = 4096;
+// Rows of W of up to so many bytes are also read line after line by up to eight rows of x. [5, 208] x [208, 2816],
+// GB/s: 50 and 39; with 8 rows: 36 and 31; [6, 400] x [400, 14336]: 41 and 39.
+constexpr int64_t kShortRowBytes = 1024;
 // Weight rows that a block of x passes by before the next block does: where all rows of x go at once, and where weights
 // wait in the second-level cache (1 MiB) for more of them. Multiples of all tiles' outputs (8, 4, 3).
 //
@@ -24,6 +32,11 @@ constexpr int64_t kRowPanel = 96;
 // By channel: the outputs, in float32, that stay in the first-level cache while channels pass by, over all rows of x.
 constexpr int64_t kStripBytes = 16384;
 constexpr int64_t kStripMin = 512;
+// How far ahead memory is called for: in the channels at hand, up to so many rows of x; or else in the ones that
+// follow. Half of the channels of Mixtral's and DeepSeek's matrices, GB/s: 1 row of x, 54 to 58 and 48 to 52; 8 rows,
+// 24 to 31 and 34 to 38.
+constexpr int64_t kChannelAheadRows = 2;
+constexpr int64_t kChannelAheadBytes = 2048;
 // Where there are many rows of x, weights are packed: blocks of kPackedSteps loads of channels (one channel each, or
 // two of bfloat16 where there are instructions for pairs) and kPackedOutputs outputs, 128 KiB of 16-bit weights.
 //
