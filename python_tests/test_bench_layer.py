@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from d2moe_ext.adapters import find_experts
 from d2moe_ext.bench.contenders import as_stored, compressed_contenders, expert_loop, make_inputs, plain_contenders
 from d2moe_ext.bench.layer import measure_cell, relative_error, tolerance, wrong_rows
 from d2moe_ext.bench.record import make_record, shown_command
-from d2moe_ext.bench.timing import Budget, quartiles, time_rounds
+from d2moe_ext.bench.timing import SLOW, Budget, quartiles, time_contenders, time_rounds
 from d2moe_ext.experts import D2MoEExperts
 
 
@@ -158,6 +159,27 @@ def test_rounds():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     assert quartiles([3.0]) == (3.0, 3.0, 3.0)
     assert quartiles([1.0, 2.0, 3.0]) == (1.5, 2.0, 2.5)
+
+
+def test_a_slow_contender_takes_no_rounds_from_the_others():
+    calls = []
+
+    def busy(name, seconds):
+        def run(given):
+            calls.append((name, given))
+            until = time.perf_counter() + seconds
+            while time.perf_counter() < until:
+                pass
+
+        return run
+
+    runs = {"quick": busy("quick", 1e-3), "slow": busy("slow", 2 * SLOW * 1e-3)}
+    seconds = time_contenders(runs, [0, 1, 2], Budget(9, 1.0, 3), lambda: None, {"gauge": busy("gauge", 1e-2)})
+    assert {name: len(times) for name, times in seconds.items()} == {"quick": 9, "slow": 3, "gauge": 9}
+    assert [given for name, given in calls if name == "quick"] == [0, 1, 2] * 3
+    assert [given for name, given in calls if name == "slow"] == [0, 1, 2]
+    once = time_contenders(runs, [0, 1, 2], Budget(1, 1.0, 3), lambda: None, {})
+    assert {name: len(times) for name, times in once.items()} == {"quick": 1, "slow": 1}
 
 
 def test_shown_command_names_no_folder_of_this_machine(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from d2moe_ext.bench.contenders import Contender, Routed
 from d2moe_ext.bench.floors import Floors, Gauges
-from d2moe_ext.bench.timing import Budget, quartiles, time_rounds
+from d2moe_ext.bench.timing import Budget, quartiles, time_contenders
 
 WRONG = "wrong"
 # Columns of the widest projection that is measured, to a power of two.
@@ -61,13 +60,12 @@ def measure_cell(contenders: Sequence[Contender], inputs: Sequence[Routed], sett
         inputs: taken in turn, all of one size.
         setting: what floors are measured with, rounds and the cache flush.
     """
-    notes, errors, first_run = _check(contenders, inputs[0])
+    notes, errors = _check(contenders, inputs[0])
     runs: dict[str, Callable[[Routed], object]] = {c.name: c.run for c in contenders if notes[c.name] is None}
     seconds: dict[str, list[float]] = {}
     dtype, floors = _dtype(inputs), setting.gauges.floors
     if runs:
-        rounds = setting.budget.rounds(sum(first_run[name] for name in runs), len(inputs))
-        seconds = time_rounds(runs | setting.gauges.runs(dtype), inputs, rounds, setting.flush)
+        seconds = time_contenders(runs, inputs, setting.budget, setting.flush, setting.gauges.runs(dtype))
         floors = setting.gauges.floors_of(seconds, dtype)
     best = min(
         (c.name for c in contenders if c.kind == "hf" and c.name in seconds),
@@ -99,17 +97,15 @@ def _dtype(inputs: Sequence[Routed]) -> str:
     return str(inputs[0].hidden_states.dtype).removeprefix("torch.")
 
 
-def _check(contenders: Sequence[Contender], routed: Routed) -> tuple[dict[str, str | None], dict[str, float], dict[str, float]]:
-    """By name: why it is not timed, or None; its relative error; the seconds of its first run."""
+def _check(contenders: Sequence[Contender], routed: Routed) -> tuple[dict[str, str | None], dict[str, float]]:
+    """By name: why it is not timed, or None; its relative error."""
     notes: dict[str, str | None] = {}
     errors: dict[str, float] = {}
-    seconds: dict[str, float] = {}
     expected: dict[str, Tensor] = {}
     for c in contenders:
         notes[c.name] = c.skip(routed)
         if notes[c.name] is not None:
             continue
-        started = time.perf_counter()
         try:
             output = c.run(routed)
         except RuntimeError as error:
@@ -117,7 +113,6 @@ def _check(contenders: Sequence[Contender], routed: Routed) -> tuple[dict[str, s
                 raise
             notes[c.name] = f"failed: {error}"  # an implementation that this machine or layer is not made for
             continue
-        seconds[c.name] = time.perf_counter() - started
         reference = c.reference
         if reference is None:
             expected[c.name] = output
@@ -128,7 +123,7 @@ def _check(contenders: Sequence[Contender], routed: Routed) -> tuple[dict[str, s
         limit = tolerance(routed.hidden_states.dtype, c.dynamic)
         if errors[c.name] > limit:
             notes[c.name] = f"{WRONG}: differs from {reference.name} by {errors[c.name]:.1e}, more than {limit:.1e}"
-    return notes, errors, seconds
+    return notes, errors
 
 
 def _floor(contender: Contender, inputs: Sequence[Routed], floors: Floors) -> dict[str, Any]:
@@ -147,16 +142,16 @@ def _saved(contender: Contender, contenders: Sequence[Contender], seconds: dict[
     static = [c.name for c in contenders if not c.dynamic and (c.layer, c.kind) == same and c.name in seconds]
     if not contender.dynamic or contender.name not in seconds or not static:
         return None
-    pairs = zip(seconds[static[0]], seconds[contender.name], strict=True)
+    pairs = zip(seconds[static[0]], seconds[contender.name], strict=False)
     return 1e3 * statistics.median(whole - pruned for whole, pruned in pairs)
 
 
 def _times(mine: list[float] | None, best: list[float] | None, best_name: str | None, floor_ms: float) -> dict[str, Any]:
     """Median and quartiles, the share that the floor is of the median, and the ratio to the best of transformers' contenders:
-    the median over rounds of its time divided by this one's."""
+    the median, over the rounds that both have, of its time divided by this one's."""
     names = ("median_ms", "low_ms", "high_ms", "rounds", "share_of_floor", "speed_over_hf", "best_hf")
     if mine is None:
         return dict.fromkeys(names) | {"rounds": 0}
     low, middle, high = (1e3 * value for value in quartiles(mine))
-    speed = None if best is None else statistics.median(b / m for b, m in zip(best, mine, strict=True))
+    speed = None if best is None else statistics.median(b / m for b, m in zip(best, mine, strict=False))
     return dict(zip(names, (middle, low, high, len(mine), floor_ms / middle, speed, best_name), strict=True))

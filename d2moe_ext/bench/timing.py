@@ -58,10 +58,44 @@ class CacheFlush:
         self._buffer.sum()
 
 
-def time_rounds(
-    runs: Mapping[str, Callable[[Inputs], object]], inputs: Sequence[Inputs], rounds: int, flush: Callable[[], None]
+# A contender that takes so many times as long as the fastest is not run beyond the least rounds: its time is known well
+# enough, and the others would have fewer rounds for it.
+SLOW = 8.0
+
+
+def time_contenders(
+    runs: Mapping[str, Callable[[Inputs], object]],
+    inputs: Sequence[Inputs],
+    budget: Budget,
+    flush: Callable[[], None],
+    always: Mapping[str, Callable[[Inputs], object]],
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; round i takes ``inputs[i % len(inputs)]``.
+    """Seconds of each contender in each of its rounds; the slow ones have only the first rounds.
+
+    Args:
+        runs: the contenders.
+        inputs: taken in turn.
+        budget: how many rounds.
+        flush: called before each timed call.
+        always: timed beside them in every round, whatever it takes; not counted as a contender.
+    """
+    first = min(max(budget.least, len(inputs)), budget.repeats)
+    seconds = time_rounds(dict(runs) | dict(always), inputs, first, flush)
+    medians = {name: statistics.median(seconds[name]) for name in runs}
+    quick = {name: run for name, run in runs.items() if medians[name] <= SLOW * min(medians.values())}
+    rounds = budget.rounds(sum(medians[name] for name in quick), len(inputs))
+    more = time_rounds(quick | dict(always), inputs, max(0, rounds - first), flush, first)
+    return {name: times + more.get(name, []) for name, times in seconds.items()}
+
+
+def time_rounds(
+    runs: Mapping[str, Callable[[Inputs], object]],
+    inputs: Sequence[Inputs],
+    rounds: int,
+    flush: Callable[[], None],
+    first: int = 0,
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; round i, counted from ``first``, takes ``inputs[i % len(inputs)]``.
 
     The order of contenders is turned around from round to round, so that none always follows the same one.
     """
@@ -71,7 +105,7 @@ def time_rounds(
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
+        for turn in range(first, first + rounds):
             given = inputs[turn % len(inputs)]
             for name in names if turn % 2 == 0 else reversed(names):
                 flush()
