@@ -8,16 +8,21 @@ BIN := $(VENV)/bin
 # Folders too, whose times change when a source is added or removed.
 NATIVE_SOURCES := $(shell find csrc) setup.py pyproject.toml
 CXX_FILES := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-PYTHON_FILES := d2moe_ext python_tests examples setup.py $(wildcard benchmarks)
+PYTHON_FILES := d2moe_ext python_tests examples tools setup.py $(wildcard benchmarks)
 
 # The oldest supported releases, in a second environment and a copy of the sources, so that neither build touches the other.
 OLDEST := .venv-oldest
 OLDEST_SOURCES := build/oldest
 
+# A CUDA build of torch, in the user's cache as it is some gigabytes, named by what is installed in it.
+CUDA_NAME := $(shell cat requirements-cuda.txt | sha256sum | cut -c1-12)
+CUDA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/d2moe_ext/cuda-$(CUDA_NAME)
+CUDA_SOURCES := build/cuda
+
 # What the quality study is judged by; `make quality JUDGE=test` once options are chosen.
 JUDGE ?= selection
 
-.PHONY: demo quality bench test test-matrix lint format build clean
+.PHONY: demo quality bench test test-matrix cuda-build-check lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -45,6 +50,13 @@ test-matrix: $(OLDEST)/.requirements
 	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(OLDEST_SOURCES)
 	cd $(OLDEST_SOURCES) && D2MOE_CUDA=0 $(CURDIR)/$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	cd $(OLDEST_SOURCES) && $(CURDIR)/$(OLDEST)/bin/python -m pytest
+
+# Compiles for two architectures and loads what came of it; needs nvcc and no GPU.
+cuda-build-check: $(CUDA)/.requirements
+	rm -rf $(CUDA_SOURCES)
+	mkdir -p $(CUDA_SOURCES)
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(CUDA_SOURCES)
+	cd $(CUDA_SOURCES) && $(CUDA)/bin/python -m tools.cuda_build_check --log ../cuda-build.log
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -80,4 +92,8 @@ $(VENV)/.requirements: requirements.txt | $(VENV)/.created
 
 $(OLDEST)/.requirements: requirements-oldest.txt | $(OLDEST)/.created
 	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
+	@touch $@
+
+$(CUDA)/.requirements: requirements-cuda.txt | $(CUDA)/.created
+	$(CUDA)/bin/python -m pip install --quiet -r requirements-cuda.txt
 	@touch $@

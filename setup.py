@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,21 +49,48 @@ def with_cuda() -> bool:
     return possible and choice != "0"
 
 
+def toolkit() -> Path:
+    """The CUDA toolkit. CUDA_HOME is not its folder where the nvcc on the path is a script that calls the real one: that one is
+    asked."""
+    home = Path(cpp_extension.CUDA_HOME)
+    nvcc = home / "bin" / "nvcc"
+    if (home / "include" / "cuda_runtime_api.h").is_file() or not nvcc.is_file():
+        return home
+    command = [str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    said = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False).stderr
+    found = [line.partition("TOP=")[2] for line in said.splitlines() if "TOP=" in line]
+    return Path(found[0]).resolve() if found else home
+
+
+def wheel_headers() -> list[str]:
+    """cuBLAS and cuSOLVER headers of the NVIDIA wheels that torch brings; a toolkit may lack them."""
+    import site
+
+    folders = {Path(folder) / "nvidia" for folder in [*site.getsitepackages(), site.getusersitepackages()]}
+    return [str(path) for folder in sorted(folders) for path in sorted(folder.glob("cu*/include")) if path.is_dir()]
+
+
 def extension():
-    sources = sorted(CSRC.rglob("*.cpp"))
-    cuda_sources = sorted(CSRC.rglob("*.cu"))
-    cuda = with_cuda() and bool(cuda_sources)
+    cuda = with_cuda()
+    # X_cuda.cpp registers X for GPUs, X_cuda.cu has its kernels: not X.cu, whose object would be named like that of X.cpp.
+    sources = sorted(path for path in CSRC.rglob("*.cpp") if cuda or not path.stem.endswith("_cuda"))
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     compile_args = {"cxx": ["-O3", "-Wall", "-Wno-unknown-pragmas", *openmp]}
+    include_dirs, library_dirs = [str(CSRC), str(write_build_info())], []
     if cuda:
-        sources += cuda_sources
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        sources += sorted(CSRC.rglob("*.cu"))
         compile_args["nvcc"] = ["-O3"]
         compile_args["cxx"].append("-DD2MOE_WITH_CUDA")
+        # Before the wheels' headers, some of which include what only a toolkit has.
+        include_dirs += [str(toolkit() / "include"), *wheel_headers()]
+        library_dirs += [str(toolkit() / name) for name in ("lib64", "lib") if (toolkit() / name).is_dir()]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         "d2moe_ext._C",
         [path.relative_to(ROOT).as_posix() for path in sources],
-        include_dirs=[str(CSRC), str(write_build_info())],
+        include_dirs=include_dirs,
+        library_dirs=library_dirs,
         extra_compile_args=compile_args,
         extra_link_args=openmp,
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,17 @@ import cli_helpers
 import pytest
 import torch
 
+from d2moe_ext import _native
 from d2moe_ext.cli import main
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none, unless ``D2MOE_REQUIRE_GPU=1`` says that there must be one."""
+    if os.environ.get("D2MOE_REQUIRE_GPU") == "1" or (torch.cuda.is_available() and _native.C.build_info()["cuda"]):
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA build and a GPU"))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The native build: what is refused at import and with which command, and when setup.py builds for CUDA."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -86,7 +87,10 @@ def test_setup_builds_every_source_into_one_module(setup_namespace):
     (extension,) = setup_namespace["handed"]["ext_modules"]
     assert extension.name == "d2moe_ext._C"
     compiled = {path for path in extension.sources if path.endswith(".cpp")}
-    assert compiled == {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp")}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp")}
+    with_cuda = setup_namespace["with_cuda"]()
+    assert compiled == {path for path in sources if with_cuda or not path.endswith("_cuda.cpp")}
+    assert any(path.endswith(".cu") for path in extension.sources) is with_cuda
     assert ("-fopenmp" in extension.extra_compile_args["cxx"]) is (sys.platform != "darwin")
     assert not any(argument.startswith("-std") for argument in extension.extra_compile_args["cxx"])
 
@@ -103,6 +107,31 @@ def test_cuda_is_built_where_torch_and_toolkit_have_it_unless_told_not_to(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/toolkit" if toolkit else None)
     assert setup_namespace["with_cuda"]() is expected
+
+
+def test_a_cuda_build_takes_every_source_and_the_headers_of_the_wheels(setup_namespace, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    home, real = tmp_path / "home", tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    (real / "lib").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={real}' >&2\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
+    monkeypatch.setattr(cpp_extension, "CUDAExtension", lambda name, sources, **options: (name, sources, options))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    (tmp_path / "nvidia" / "cu13" / "include").mkdir(parents=True)
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path)])
+    _, sources, options = setup_namespace["extension"]()
+    csrc = ROOT / "csrc"
+    assert set(sources) == {path.relative_to(ROOT).as_posix() for end in ("*.cpp", "*.cu") for path in csrc.rglob(end)}
+    headers = options["include_dirs"]
+    assert headers.index(str(real / "include")) < headers.index(str(tmp_path / "nvidia" / "cu13" / "include"))
+    assert options["library_dirs"] == [str(real / "lib")]
+    assert "-DD2MOE_WITH_CUDA" in options["extra_compile_args"]["cxx"]
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    setup_namespace["extension"]()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
 
 
 def test_a_cpu_build_of_torch_never_builds_cuda_of_itself(setup_namespace, monkeypatch):

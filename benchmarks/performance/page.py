@@ -10,6 +10,8 @@ from typing import Any
 from benchmarks.layer.growth import TOLERATED, Size, exponents
 from benchmarks.performance.claims import all_verdicts, counted
 from benchmarks.performance.records import GROWTH, LAYER, Row, rows_of
+from d2moe_ext import ops
+from tools.cuda_build_check import MISSING
 
 NOTES = Path(__file__).parent / "notes"
 _HEADER = """# Performance
@@ -59,6 +61,7 @@ def page(records: Sequence[dict[str, Any]], images: dict[str, str], notes: Path 
     models = [record for record in records if record["kind"] not in (LAYER, GROWTH)]
     if models:
         sections += ["## Whole models", *(_any_table(record["rows"]) for record in models), _note(notes, "models")]
+    sections.append(_gpu())
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -165,6 +168,17 @@ def _fixed(rows: list[Row]) -> dict[str, float]:
         if values:
             fixed[name] = values[0]
     return fixed
+
+
+def _gpu() -> str:
+    """What is known of each operator on a GPU; results of a GPU will say more once there are some."""
+    lines = [[name, "not written" if name in MISSING else "built and loaded, not yet run"] for name in sorted(ops.__all__)]
+    return f"""## On a GPU
+
+No GPU was at hand so far. `make cuda-build-check` compiles for sm_80 and sm_90, loads what came of it and looks for spilled
+registers.
+
+{_table(["operator", "CUDA kernel"], lines, "---")}"""
 
 
 def _any_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 //   scores[j] = column_norms[j] * ||hidden_states[:, columns[j]]||_2,   selected = the `keep` largest, ascending
 //
 //   hidden_states [T, in], column_norms [n], columns [n] (or n == in) -> scores [n] float32, selected [keep] int32
-#include "kernels/column_select.h"
+#include "ops/column_select.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/column_select.h"
 #include "ops/checks.h"
 #include "ops/element_type.h"
 
@@ -28,42 +29,28 @@ namespace {
 constexpr const char* kOp = "column_select";
 constexpr int64_t kGrain = 1 << 15;  // elements of X a thread takes at least: some ten microseconds of work
 
-void check_columns(const at::Tensor& columns, const at::Tensor& hidden_states, int64_t num_columns) {
+void check_column_list(const at::Tensor& columns, int64_t num_columns, const at::Tensor& hidden_states) {
   D2MOE_CHECK_SHAPE(kOp, columns, num_columns);
   D2MOE_CHECK_DTYPE(kOp, columns, at::kInt);
   D2MOE_CHECK_DEVICE(kOp, columns, hidden_states);
-  const at::Tensor contiguous = columns.contiguous();
-  const int32_t* values = contiguous.const_data_ptr<int32_t>();
-  for (int64_t j = 0; j < num_columns; ++j) {
-    TORCH_CHECK(0 <= values[j] && values[j] < hidden_states.size(1), kOp, ": columns must lie in [0, ",
-                hidden_states.size(1), "), got ", values[j], " at position ", j);
-  }
 }
 
-void check_arguments(const at::Tensor& hidden_states, const at::Tensor& column_norms, int64_t keep,
-                     const std::optional<at::Tensor>& columns) {
-  D2MOE_CHECK_DIM(kOp, hidden_states, 2);
-  TORCH_CHECK(is_forward_dtype(hidden_states.scalar_type()), kOp,
-              ": hidden_states must be float32, bfloat16 or float16, got ", hidden_states.scalar_type());
-  D2MOE_CHECK_DIM(kOp, column_norms, 1);
-  D2MOE_CHECK_DTYPE(kOp, column_norms, at::kFloat);
-  D2MOE_CHECK_DEVICE(kOp, column_norms, hidden_states);
-  const int64_t num_columns = column_norms.size(0);
-  TORCH_CHECK(num_columns <= std::numeric_limits<int32_t>::max(), kOp,
-              ": column_norms must have fewer than 2^31 elements, got ", num_columns);
-  TORCH_CHECK(0 <= keep && keep <= num_columns, kOp, ": keep must be between 0 and the ", num_columns, " columns, got ",
-              keep);
-  if (columns.has_value()) {
-    check_columns(*columns, hidden_states, num_columns);
-  } else {
-    D2MOE_CHECK_SHAPE(kOp, column_norms, hidden_states.size(1));
+void check_columns(const at::Tensor& columns, int64_t in) {
+  const at::Tensor contiguous = columns.contiguous();
+  const int32_t* values = contiguous.const_data_ptr<int32_t>();
+  for (int64_t j = 0; j < columns.numel(); ++j) {
+    TORCH_CHECK(0 <= values[j] && values[j] < in, kOp, ": columns must lie in [0, ", in, "), got ", values[j],
+                " at position ", j);
   }
 }
 
 std::tuple<at::Tensor, at::Tensor> column_select_cpu(const at::Tensor& hidden_states, const at::Tensor& column_norms,
                                                      int64_t keep, const std::optional<at::Tensor>& columns) {
   const at::AutoDispatchBelowAutograd guard;
-  check_arguments(hidden_states, column_norms, keep, columns);
+  check_column_select(hidden_states, column_norms, keep, columns);
+  if (columns.has_value()) {
+    check_columns(*columns, hidden_states.size(1));
+  }
   const int64_t num_tokens = hidden_states.size(0), in = hidden_states.size(1), num_columns = column_norms.size(0);
   const at::Tensor x = in > 1 && hidden_states.stride(1) == 1 ? hidden_states : hidden_states.contiguous();
   std::vector<const void*> rows(num_tokens);
@@ -87,6 +74,26 @@ std::tuple<at::Tensor, at::Tensor> column_select_cpu(const at::Tensor& hidden_st
 }
 
 }  // namespace
+
+void check_column_select(const at::Tensor& hidden_states, const at::Tensor& column_norms, int64_t keep,
+                         const std::optional<at::Tensor>& columns) {
+  D2MOE_CHECK_DIM(kOp, hidden_states, 2);
+  TORCH_CHECK(is_forward_dtype(hidden_states.scalar_type()), kOp,
+              ": hidden_states must be float32, bfloat16 or float16, got ", hidden_states.scalar_type());
+  D2MOE_CHECK_DIM(kOp, column_norms, 1);
+  D2MOE_CHECK_DTYPE(kOp, column_norms, at::kFloat);
+  D2MOE_CHECK_DEVICE(kOp, column_norms, hidden_states);
+  const int64_t num_columns = column_norms.size(0);
+  TORCH_CHECK(num_columns <= std::numeric_limits<int32_t>::max(), kOp,
+              ": column_norms must have fewer than 2^31 elements, got ", num_columns);
+  TORCH_CHECK(0 <= keep && keep <= num_columns, kOp, ": keep must be between 0 and the ", num_columns, " columns, got ",
+              keep);
+  if (columns.has_value()) {
+    check_column_list(*columns, num_columns, hidden_states);
+  } else {
+    D2MOE_CHECK_SHAPE(kOp, column_norms, hidden_states.size(1));
+  }
+}
 
 TORCH_LIBRARY_FRAGMENT(d2moe_ext, m) {
   m.def(

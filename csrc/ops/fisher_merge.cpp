@@ -1,7 +1,7 @@
 // Adds one expert's and one sequence's share to the sums of the Fisher-weighted mean (paper eqs. 4 and 5):
 //
 //   F = scale * gradient^2,   weighted_sum += F * weight,   fisher_sum += F        (all [out, in])
-#include "kernels/fisher_merge.h"
+#include "ops/fisher_merge.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -11,6 +11,7 @@
 
 #include <cmath>
 
+#include "kernels/fisher_merge.h"
 #include "ops/checks.h"
 #include "ops/element_type.h"
 
@@ -21,8 +22,28 @@ namespace {
 constexpr const char* kOp = "fisher_merge_";
 constexpr int64_t kGrain = 1 << 15;  // elements a thread takes at least: some ten microseconds of work
 
-void check_arguments(const at::Tensor& weighted_sum, const at::Tensor& fisher_sum, const at::Tensor& weight,
-                     const at::Tensor& gradient, double scale) {
+void merge_contiguous(const at::Tensor& weighted_sum, const at::Tensor& fisher_sum, const at::Tensor& weight,
+                      const at::Tensor& gradient, double scale) {
+  void* weighted = weighted_sum.data_ptr();
+  void* fishers = fisher_sum.data_ptr();
+  at::parallel_for(0, weighted_sum.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    kernels::fisher_merge(weighted, fishers, element_type(weighted_sum), weight.const_data_ptr(), element_type(weight),
+                          gradient.const_data_ptr(), element_type(gradient), scale, begin, end);
+  });
+}
+
+void fisher_merge_cpu(at::Tensor& weighted_sum, at::Tensor& fisher_sum, const at::Tensor& weight,
+                      const at::Tensor& gradient, double scale) {
+  const at::AutoDispatchBelowAutograd guard;
+  check_fisher_merge(weighted_sum, fisher_sum, weight, gradient, scale);
+  merge_in_order(weighted_sum, fisher_sum, weight, gradient,
+                 [&](const auto&... tensors) { merge_contiguous(tensors..., scale); });
+}
+
+}  // namespace
+
+void check_fisher_merge(const at::Tensor& weighted_sum, const at::Tensor& fisher_sum, const at::Tensor& weight,
+                        const at::Tensor& gradient, double scale) {
   D2MOE_CHECK_DIM(kOp, weighted_sum, 2);
   TORCH_CHECK(is_compression_dtype(weighted_sum.scalar_type()), kOp, ": weighted_sum must be float32 or float64, got ",
               weighted_sum.scalar_type());
@@ -43,40 +64,6 @@ void check_arguments(const at::Tensor& weighted_sum, const at::Tensor& fisher_su
   TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, kOp,
               ": fisher_sum must not share memory with weighted_sum, got overlapping tensors");
 }
-
-void merge_contiguous(const at::Tensor& weighted_sum, const at::Tensor& fisher_sum, const at::Tensor& weight,
-                      const at::Tensor& gradient, double scale) {
-  void* weighted = weighted_sum.data_ptr();
-  void* fishers = fisher_sum.data_ptr();
-  at::parallel_for(0, weighted_sum.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    kernels::fisher_merge(weighted, fishers, element_type(weighted_sum), weight.const_data_ptr(), element_type(weight),
-                          gradient.const_data_ptr(), element_type(gradient), scale, begin, end);
-  });
-}
-
-void fisher_merge_cpu(at::Tensor& weighted_sum, at::Tensor& fisher_sum, const at::Tensor& weight,
-                      const at::Tensor& gradient, double scale) {
-  const at::AutoDispatchBelowAutograd guard;
-  check_arguments(weighted_sum, fisher_sum, weight, gradient, scale);
-  // A model may hold its weights transposed: four transposed views in step are as good as four plain matrices.
-  const auto all = [&](auto&& holds) {
-    return holds(weighted_sum) && holds(fisher_sum) && holds(weight) && holds(gradient);
-  };
-  if (all([](const at::Tensor& tensor) { return tensor.t().is_contiguous(); })) {
-    return merge_contiguous(weighted_sum.t(), fisher_sum.t(), weight.t(), gradient.t(), scale);
-  }
-  const at::Tensor weighted = weighted_sum.contiguous();
-  const at::Tensor fishers = fisher_sum.contiguous();
-  merge_contiguous(weighted, fishers, weight.contiguous(), gradient.contiguous(), scale);
-  if (!weighted.is_same(weighted_sum)) {
-    weighted_sum.copy_(weighted);
-  }
-  if (!fishers.is_same(fisher_sum)) {
-    fisher_sum.copy_(fishers);
-  }
-}
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(d2moe_ext, m) {
   m.def(

@@ -3,7 +3,7 @@
 //   gram += X^T diag(w) X        gram [n, n], X = hidden_states [T, n], w = row_weights [T] (ones if not given)
 //
 // One triangle is computed, strip by strip, and mirrored: about half the work of the full product.
-#include "kernels/gram_update.h"
+#include "ops/gram_update.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -12,8 +12,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
 
+#include "kernels/gram_update.h"
 #include "ops/checks.h"
 #include "ops/element_type.h"
 
@@ -26,29 +26,9 @@ constexpr const char* kOp = "gram_update_";
 constexpr int64_t kStrip = 512;
 constexpr int64_t kChunkElements = 1 << 23;  // of X converted to the Gram's dtype at a time: 32 MB in float32
 
-void check_arguments(const at::Tensor& gram, const at::Tensor& hidden_states,
-                     const std::optional<at::Tensor>& row_weights) {
-  D2MOE_CHECK_DIM(kOp, hidden_states, 2);
-  const int64_t num_tokens = hidden_states.size(0), n = hidden_states.size(1);
-  D2MOE_CHECK_SHAPE(kOp, gram, n, n);
-  TORCH_CHECK(is_compression_dtype(gram.scalar_type()), kOp, ": gram must be float32 or float64, got ",
-              gram.scalar_type());
-  TORCH_CHECK(is_float_dtype(hidden_states.scalar_type()), kOp, ": hidden_states must be of a floating dtype, got ",
-              hidden_states.scalar_type());
-  D2MOE_CHECK_DEVICE(kOp, hidden_states, gram);
-  if (row_weights.has_value()) {
-    TORCH_CHECK(row_weights->sizes() == at::IntArrayRef({num_tokens}), kOp, ": row_weights must have shape ",
-                at::IntArrayRef({num_tokens}), ", got ", row_weights->sizes());
-    TORCH_CHECK(is_float_dtype(row_weights->scalar_type()), kOp, ": row_weights must be of a floating dtype, got ",
-                row_weights->scalar_type());
-    TORCH_CHECK(row_weights->device() == gram.device(), kOp, ": row_weights must be on ", gram.device(),
-                " like gram, got ", row_weights->device());
-  }
-}
-
 void gram_update_cpu(at::Tensor& gram, const at::Tensor& hidden_states, const std::optional<at::Tensor>& row_weights) {
   const at::AutoDispatchBelowAutograd guard;
-  check_arguments(gram, hidden_states, row_weights);
+  check_gram_update(gram, hidden_states, row_weights);
   const int64_t num_tokens = hidden_states.size(0), n = hidden_states.size(1);
   if (num_tokens == 0 || n == 0) {
     return;
@@ -71,6 +51,26 @@ void gram_update_cpu(at::Tensor& gram, const at::Tensor& hidden_states, const st
 }
 
 }  // namespace
+
+void check_gram_update(const at::Tensor& gram, const at::Tensor& hidden_states,
+                       const std::optional<at::Tensor>& row_weights) {
+  D2MOE_CHECK_DIM(kOp, hidden_states, 2);
+  const int64_t num_tokens = hidden_states.size(0), n = hidden_states.size(1);
+  D2MOE_CHECK_SHAPE(kOp, gram, n, n);
+  TORCH_CHECK(is_compression_dtype(gram.scalar_type()), kOp, ": gram must be float32 or float64, got ",
+              gram.scalar_type());
+  TORCH_CHECK(is_float_dtype(hidden_states.scalar_type()), kOp, ": hidden_states must be of a floating dtype, got ",
+              hidden_states.scalar_type());
+  D2MOE_CHECK_DEVICE(kOp, hidden_states, gram);
+  if (row_weights.has_value()) {
+    TORCH_CHECK(row_weights->sizes() == at::IntArrayRef({num_tokens}), kOp, ": row_weights must have shape ",
+                at::IntArrayRef({num_tokens}), ", got ", row_weights->sizes());
+    TORCH_CHECK(is_float_dtype(row_weights->scalar_type()), kOp, ": row_weights must be of a floating dtype, got ",
+                row_weights->scalar_type());
+    TORCH_CHECK(row_weights->device() == gram.device(), kOp, ": row_weights must be on ", gram.device(),
+                " like gram, got ", row_weights->device());
+  }
+}
 
 TORCH_LIBRARY_FRAGMENT(d2moe_ext, m) {
   m.def("gram_update_(Tensor(a!) gram, Tensor hidden_states, Tensor? row_weights=None) -> ()");

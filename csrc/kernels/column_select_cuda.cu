@@ -1,0 +1,276 @@
+// C_j = column_norms[j] * ||X[:, columns[j]]||_2 and the `keep` largest of them, in ascending order (paper eq. 9).
+//
+//   column_squares  X [T, in] -> squares [in] float64. A block takes 32 packs of columns and, with others, some of the
+//                   rows; the last of a strip's blocks to finish adds their parts up, part after part.
+//   select          one block: scores; the key of the last score kept, digit by digit of 8 bits from the top; then
+//                   positions in order, 1024 at a time.
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "kernels/column_select_cuda.h"
+#include "kernels/device_elements.cuh"
+
+namespace d2moe::kernels {
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kSquareRows = 8;  // of threads in a block of column_squares
+constexpr int kSelectThreads = 1024;
+constexpr int kWarps = kSelectThreads / kLanes;
+constexpr int kDigits = 256;
+constexpr unsigned int kAllLanes = 0xffffffffu;
+
+// What each thread adds up: kPack neighbouring columns of some rows.
+template <typename Element, int kPack>
+__device__ inline void add_squares(const Element* x, int64_t first_row, int64_t num_rows, int64_t row_step,
+                                   int64_t row_stride, double (&sums)[kPack]) {
+  for (int64_t row = first_row; row < num_rows; row += row_step) {
+    const Pack<Element, kPack> values = *reinterpret_cast<const Pack<Element, kPack>*>(x + row * row_stride);
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) {
+      const double value = widen(values.values[e]);
+      sums[e] += value * value;
+    }
+  }
+}
+
+// The block's sums of a column: those of its kSquareRows threads, in their order.
+template <int kPack>
+__device__ inline double block_total(const double (&shared)[kSquareRows][kLanes * kPack], int column) {
+  double total = 0;
+#pragma unroll
+  for (int r = 0; r < kSquareRows; ++r) {
+    total += shared[r][column];
+  }
+  return total;
+}
+
+template <typename Element, int kPack>
+__global__ void __launch_bounds__(kLanes* kSquareRows)
+    column_squares(const Element* __restrict__ x, int64_t num_rows, int64_t in, int64_t row_stride,
+                   double* __restrict__ partial, int32_t* __restrict__ counters, double* __restrict__ squares) {
+  constexpr int kColumns = kLanes * kPack;
+  __shared__ double shared[kSquareRows][kColumns];
+  __shared__ bool last;
+  const int64_t strip = static_cast<int64_t>(blockIdx.x) * kColumns, column = strip + threadIdx.x * kPack;
+  double sums[kPack] = {};
+  if (column < in) {
+    const int64_t first = static_cast<int64_t>(blockIdx.y) * kSquareRows + threadIdx.y;
+    add_squares<Element, kPack>(x + column, first, num_rows, static_cast<int64_t>(gridDim.y) * kSquareRows, row_stride,
+                                sums);
+  }
+#pragma unroll
+  for (int e = 0; e < kPack; ++e) {
+    shared[threadIdx.y][threadIdx.x * kPack + e] = sums[e];
+  }
+  __syncthreads();
+  const int thread = threadIdx.y * kLanes + threadIdx.x;
+  double* out = gridDim.y == 1 ? squares : partial + blockIdx.y * in;
+  for (int c = thread; c < kColumns && strip + c < in; c += kLanes * kSquareRows) {
+    out[strip + c] = block_total<kPack>(shared, c);
+  }
+  if (gridDim.y == 1) {
+    return;
+  }
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    last = atomicAdd(counters + blockIdx.x, 1) == static_cast<int>(gridDim.y) - 1;
+  }
+  __syncthreads();
+  if (!last) {
+    return;
+  }
+  __threadfence();
+  for (int c = thread; c < kColumns && strip + c < in; c += kLanes * kSquareRows) {
+    double total = 0;
+    for (unsigned int part = 0; part < gridDim.y; ++part) {
+      total += __ldcg(partial + part * in + strip + c);  // not from the first-level cache: other blocks wrote it
+    }
+    squares[strip + c] = total;
+  }
+}
+
+// A key whose unsigned order is: larger score first.
+__device__ inline uint32_t descending_key(float score) {
+  const float value = isnan(score) ? __int_as_float(0x7f800000) : score + 0.0f;  // -0 becomes +0
+  const uint32_t bits = __float_as_uint(value);
+  return (bits & 0x80000000u) != 0 ? bits : ~(bits | 0x80000000u);
+}
+
+__device__ inline void write_scores(const double* squares, int64_t in, const float* column_norms,
+                                    const int32_t* columns, uint32_t num_columns, float* scores) {
+  for (uint32_t j = threadIdx.x; j < num_columns; j += kSelectThreads) {
+    const int64_t column = columns == nullptr ? j : columns[j];
+    const bool exists = 0 <= column && column < in;
+    scores[j] = exists ? static_cast<float>(static_cast<double>(column_norms[j]) * sqrt(squares[column])) : 0.0f;
+  }
+  __syncthreads();
+}
+
+// How many keys that agree with `answer` in the bits `known` have each digit.
+__device__ inline void count_digits(const float* scores, uint32_t num_columns, uint32_t answer, uint32_t known,
+                                    int shift, int* counts) {
+  if (threadIdx.x < kDigits) {
+    counts[threadIdx.x] = 0;
+  }
+  __syncthreads();
+  for (uint32_t start = 0; start < num_columns; start += kSelectThreads) {
+    const uint32_t j = start + threadIdx.x;
+    const uint32_t key = j < num_columns ? descending_key(scores[j]) : 0;
+    const bool counted = j < num_columns && ((key ^ answer) & known) == 0;
+    const uint32_t digit = counted ? (key >> shift) & (kDigits - 1) : kDigits;
+    // Scores are much alike in their top digit: the lanes that share a digit add theirs at once.
+    const unsigned int same = __match_any_sync(kAllLanes, digit);
+    if (counted && threadIdx.x % kLanes == static_cast<unsigned int>(__ffs(static_cast<int>(same)) - 1)) {
+      atomicAdd(counts + digit, __popc(same));
+    }
+  }
+  __syncthreads();
+}
+
+// Sum of the values of lower lanes.
+__device__ inline int lanes_below(int value) {
+  int total = value;
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, total, step);
+    total += static_cast<int>(threadIdx.x % kLanes) >= step ? other : 0;
+  }
+  return total - value;
+}
+
+struct Choice {
+  uint32_t digit;
+  int below;  // keys with a smaller digit
+};
+
+// The digit of the key of this rank, by the first warp.
+__device__ inline void choose_digit(const int* counts, int rank, Choice* choice) {
+  constexpr int kEach = kDigits / kLanes;
+  if (threadIdx.x < kLanes) {
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      own += counts[threadIdx.x * kEach + i];
+    }
+    int below = lanes_below(own);
+    if (below <= rank && rank < below + own) {
+      uint32_t digit = threadIdx.x * kEach;
+      for (; rank >= below + counts[digit]; ++digit) {
+        below += counts[digit];
+      }
+      *choice = {digit, below};
+    }
+  }
+  __syncthreads();
+}
+
+// The sums over lower threads of two small numbers in one, 16 bits each, and over all threads.
+__device__ inline int threads_below(int value, int* warp_totals, int& total) {
+  const int warp = threadIdx.x / kLanes, below = lanes_below(value);
+  if (threadIdx.x % kLanes == kLanes - 1) {
+    warp_totals[warp] = below + value;
+  }
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? warp_totals[w] : 0;
+    total += warp_totals[w];
+  }
+  __syncthreads();
+  return before + below;
+}
+
+__device__ inline void write_selected(const float* scores, uint32_t num_columns, uint32_t last_kept, int num_ties,
+                                      int* warp_totals, int32_t* selected) {
+  int better_before = 0, ties_before = 0;
+  for (uint32_t start = 0; start < num_columns; start += kSelectThreads) {
+    const uint32_t j = start + threadIdx.x;
+    const uint32_t key = j < num_columns ? descending_key(scores[j]) : 0;
+    const bool better = j < num_columns && key < last_kept, tie = j < num_columns && key == last_kept;
+    int total;
+    const int below = threads_below((better ? 1 : 0) + (tie ? 1 << 16 : 0), warp_totals, total);
+    const int ties = ties_before + (below >> 16);
+    if (better || (tie && ties < num_ties)) {
+      selected[better_before + (below & 0xffff) + (ties < num_ties ? ties : num_ties)] = static_cast<int32_t>(j);
+    }
+    better_before += total & 0xffff;
+    ties_before += total >> 16;
+  }
+}
+
+__global__ void __launch_bounds__(kSelectThreads)
+    select(const double* __restrict__ squares, int64_t in, const float* __restrict__ column_norms,
+           const int32_t* __restrict__ columns, uint32_t num_columns, uint32_t keep, float* scores, int32_t* selected) {
+  __shared__ int counts[kDigits];
+  __shared__ int warp_totals[kWarps];
+  __shared__ Choice choice;
+  write_scores(squares, in, column_norms, columns, num_columns, scores);
+  if (keep == 0) {
+    return;
+  }
+  uint32_t answer = 0, known = 0;
+  int rank = static_cast<int>(keep - 1);  // of the last score kept; in the end, among those equal to it
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    count_digits(scores, num_columns, answer, known, shift, counts);
+    choose_digit(counts, rank, &choice);
+    answer |= choice.digit << shift;
+    known |= static_cast<uint32_t>(kDigits - 1) << shift;
+    rank -= choice.below;
+    __syncthreads();
+  }
+  write_selected(scores, num_columns, answer, rank + 1, warp_totals, selected);
+}
+
+template <typename Element, int kPack>
+cudaError_t launch_squares(const Element* x, int64_t num_rows, int64_t in, int64_t row_stride, int64_t num_parts,
+                           double* partial, int32_t* counters, double* squares, cudaStream_t stream) {
+  constexpr int kColumns = kLanes * kPack;
+  const dim3 grid(static_cast<unsigned int>((in + kColumns - 1) / kColumns), static_cast<unsigned int>(num_parts));
+  column_squares<Element, kPack>
+      <<<grid, dim3(kLanes, kSquareRows), 0, stream>>>(x, num_rows, in, row_stride, partial, counters, squares);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int64_t column_square_parts(int64_t num_rows, int64_t in, int num_processors) {
+  constexpr int64_t kRowsEach = 4 * kSquareRows;  // four loads a thread at least
+  const int64_t strips = (in + kLanes * 8 - 1) / (kLanes * 8), wanted = (4 * num_processors + strips - 1) / strips;
+  const int64_t most = (num_rows + kRowsEach - 1) / kRowsEach, parts = wanted < most ? wanted : most;
+  return parts < 1 ? 1 : parts < 65535 ? parts : 65535;
+}
+
+cudaError_t launch_column_squares(const void* x, ElementType type, int64_t num_rows, int64_t in, int64_t row_stride,
+                                  int64_t num_parts, double* partial, int32_t* counters, double* squares,
+                                  cudaStream_t stream) {
+  cudaError_t status = cudaSuccess;
+  if (in > 0) {
+    visit_device_elements(x, type, [&](const auto* elements) {
+      using Element = std::decay_t<decltype(*elements)>;
+      constexpr int kPack = 16 / sizeof(Element);
+      const bool packs = reinterpret_cast<uintptr_t>(x) % 16 == 0 && in % kPack == 0 && row_stride % kPack == 0;
+      const auto launch = packs ? &launch_squares<Element, kPack> : &launch_squares<Element, 1>;
+      status = launch(elements, num_rows, in, row_stride, num_parts, partial, counters, squares, stream);
+    });
+  }
+  return status;
+}
+
+cudaError_t launch_column_select(const double* squares, int64_t in, const float* column_norms, const int32_t* columns,
+                                 int64_t num_columns, int64_t keep, float* scores, int32_t* selected,
+                                 cudaStream_t stream) {
+  if (num_columns == 0) {
+    return cudaSuccess;
+  }
+  select<<<1, kSelectThreads, 0, stream>>>(squares, in, column_norms, columns, static_cast<uint32_t>(num_columns),
+                                           static_cast<uint32_t>(keep), scores, selected);
+  return cudaGetLastError();
+}
+
+}  // namespace d2moe::kernels

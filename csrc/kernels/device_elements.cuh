@@ -1,0 +1,47 @@
+// Floating-point elements on the GPU: conversions, and several of them in one load.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/element_type.h"
+
+namespace d2moe::kernels {
+
+__device__ inline double widen(double value) { return value; }
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float widen(__half value) { return __half2float(value); }
+
+// kCount elements that are loaded and stored 16 bytes at a time; the address must be a multiple of 16 bytes, or of all
+// of them where they are fewer.
+template <typename Element, int kCount>
+struct alignas(sizeof(Element) * kCount < 16 ? sizeof(Element) * kCount : 16) Pack {
+  Element values[kCount];
+};
+
+// Calls function(pointer) with `data` as a pointer to its true element type.
+template <typename Function>
+void visit_device_elements(const void* data, ElementType type, Function&& function) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return function(static_cast<const float*>(data));
+    case ElementType::kFloat64:
+      return function(static_cast<const double*>(data));
+    case ElementType::kBFloat16:
+      return function(static_cast<const __nv_bfloat16*>(data));
+    case ElementType::kFloat16:
+      return function(static_cast<const __half*>(data));
+  }
+}
+
+// How many blocks of kThreads cover `items` without more than a few waves; kernels stride over the grid.
+inline unsigned int grid_size(int64_t items, int threads) {
+  constexpr int64_t kMost = 1 << 16;
+  const int64_t blocks = (items + threads - 1) / threads;
+  return static_cast<unsigned int>(blocks < 1 ? 1 : blocks < kMost ? blocks : kMost);
+}
+
+}  // namespace d2moe::kernels

@@ -1,0 +1,116 @@
+"""The operators on a GPU against the float64 references, by the rules of the CPU's own tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_column_select import FORWARD, assert_selected
+from test_fisher_merge import FLOATS, assert_merged
+from test_gram_update import assert_updated, random_symmetric
+
+from d2moe_ext import ops
+
+pytestmark = pytest.mark.cuda
+
+
+def on_gpu(value, layout="plain"):
+    if layout == "transposed":
+        return value.T.contiguous().cuda().T
+    if layout == "sliced":
+        return torch.nn.functional.pad(value, (3, 2)).cuda()[:, 3:-2]
+    return value.cuda()
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (64, 64), (301, 1033), (2048, 1536)])
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_fisher_merge(shape, layout, sums):
+    generator = torch.Generator().manual_seed(3)
+    for weight_dtype in FLOATS:
+        for gradient_dtype in FLOATS:
+            values = [torch.randn(shape, generator=generator).to(d) for d in (sums, sums, weight_dtype, gradient_dtype)]
+            weighted, fishers, weight, gradient = (on_gpu(value, layout) for value in values)
+            before = weighted.clone(), fishers.clone()
+            ops.fisher_merge_(weighted, fishers, weight, gradient, 0.37)
+            assert_merged(before, (weighted, fishers), weight, gradient, 0.37)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_fisher_merge_off_the_vectors_boundary(offset):
+    generator = torch.Generator().manual_seed(offset)
+    flat = [torch.randn(1000, generator=generator).cuda()[offset : offset + 990].view(10, 99) for _ in range(4)]
+    before = flat[0].clone(), flat[1].clone()
+    ops.fisher_merge_(*flat, 1.5)
+    assert_merged(before, (flat[0], flat[1]), flat[2], flat[3], 1.5)
+
+
+@pytest.mark.parametrize("n", [1, 31, 33, 257, 1023, 1025, 2100])
+@pytest.mark.parametrize("num_tokens", [1, 7, 300])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_gram_update(n, num_tokens, weighted):
+    generator = torch.Generator().manual_seed(n)
+    for gram_dtype in (torch.float32, torch.float64):
+        for dtype in FLOATS:
+            x = torch.randn(num_tokens, n, generator=generator).to(dtype).cuda()
+            weights = torch.randn(num_tokens, generator=generator).cuda() if weighted else None
+            gram = random_symmetric(n, gram_dtype, generator).cuda()
+            before = gram.clone()
+            ops.gram_update_(gram, x, weights)
+            assert_updated(before, gram, x, weights)
+
+
+def test_gram_update_never_multiplies_in_tf32():
+    generator = torch.Generator().manual_seed(4)
+    x, gram = torch.randn(500, 96, generator=generator).cuda(), torch.zeros(96, 96).cuda()
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        ops.gram_update_(gram, x)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    assert_updated(torch.zeros_like(gram), gram, x, None)
+
+
+@pytest.mark.parametrize("dtype", FORWARD)
+@pytest.mark.parametrize("in_features", [1, 8, 250, 1024, 5003, 32768])
+@pytest.mark.parametrize("num_tokens", [0, 1, 33, 700])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_column_select(dtype, in_features, num_tokens):
+    generator = torch.Generator().manual_seed(in_features)
+    for levels in (2, 1000):  # two levels only make for many exact ties
+        x = torch.randint(-levels, levels + 1, (num_tokens, in_features), generator=generator).to(dtype).cuda()
+        norms = torch.randint(0, levels + 1, (in_features,), generator=generator).float().cuda()
+        columns = torch.randperm(in_features, generator=generator)[: (in_features + 1) // 2].sort().values.int().cuda()
+        for keep in (0, 1, in_features // 2, in_features):
+            assert_selected(x, norms, keep)
+        assert_selected(x, norms[: len(columns)], len(columns) // 2, columns)
+
+
+def test_column_select_of_what_is_not_finite():
+    x = torch.tensor([[1.0, float("nan"), 3.0, float("inf"), 2.0]]).cuda()
+    assert_selected(x, torch.ones(5).cuda(), 3)
+
+
+def test_column_select_is_safe_for_any_column():
+    columns = torch.tensor([-5, 2, 1 << 30, 0], dtype=torch.int32).cuda()
+    scores, selected = ops.column_select(torch.tensor([[1.0, 2.0, 3.0]]).cuda(), torch.ones(4).cuda(), 2, columns)
+    assert scores.tolist() == [0.0, 3.0, 0.0, 1.0]
+    assert selected.tolist() == [1, 3]
+
+
+def test_column_select_is_captured_in_a_graph():
+    x, norms = torch.randn(700, 4096).cuda(), torch.rand(4096).cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        ops.column_select(x, norms, 2000)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores, selected = ops.column_select(x, norms, 2000)
+    x.copy_(torch.randn(700, 4096))
+    graph.replay()
+    expected = ops.column_select(x, norms, 2000)
+    assert torch.equal(scores, expected[0])
+    assert torch.equal(selected, expected[1])

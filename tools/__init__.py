@@ -1,0 +1,1 @@
+"""Checks that are run from a checkout; not installed."""
