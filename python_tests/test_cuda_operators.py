@@ -7,6 +7,7 @@ import torch
 from test_column_select import FORWARD, assert_selected
 from test_fisher_merge import FLOATS, assert_merged
 from test_gram_update import assert_updated, random_symmetric
+from test_whitened_svd import KINDS, SHAPES, assert_optimal, random_gram
 
 from d2moe_ext import ops
 
@@ -114,3 +115,31 @@ def test_column_select_is_captured_in_a_graph():
     expected = ops.column_select(x, norms, 2000)
     assert torch.equal(scores, expected[0])
     assert torch.equal(selected, expected[1])
+
+
+def svd_on_gpu(delta, rank, gram, left_gram):
+    grams = [None if value is None else value.cuda() for value in (gram, left_gram)]
+    found = ops.whitened_svd(delta.cuda(), rank, *grams)
+    assert all(value.is_cuda for value in found)
+    return tuple(value.cpu() for value in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (40, 130), (130, 40)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_whitened_svd(shape, kind):
+    generator = torch.Generator().manual_seed(5)
+    m, n = shape
+    for dtype in (torch.float32, torch.float64):
+        delta = torch.randn(3, m, n, generator=generator, dtype=torch.float64).to(dtype)
+        gram, left_gram = random_gram(kind, 3, n, dtype, generator), random_gram("diagonal", 3, m, dtype, generator)
+        for rank in (0, 1, min(m, n)):
+            assert_optimal(delta, rank, gram, None, svd_on_gpu)
+            assert_optimal(delta, rank, gram, left_gram, svd_on_gpu)
+
+
+def test_whitened_svd_refuses_what_is_not_finite():
+    delta = torch.ones(2, 3, 3).cuda()
+    delta[1, 0, 2] = float("nan")
+    with pytest.raises(RuntimeError, match=r"whitened_svd: delta must be finite, got nan in batch entry 1"):
+        ops.whitened_svd(delta, 1)

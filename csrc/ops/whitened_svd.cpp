@@ -23,6 +23,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -245,9 +246,17 @@ void check_arguments(const at::Tensor& delta, int64_t rank, const std::optional<
 
 // Calls function(entry) for every batch entry: one thread to an entry where the workspace allows, since the eigensolver
 // gains little from a second thread (and with a busy core loses twentyfold to its barriers: 1408 x 1408, 2 cores,
-// 0.9 s alone and 19 s together); otherwise one entry after the other, each on all threads.
+// 0.9 s alone and 19 s together); otherwise one entry after the other, each on all threads, or on the GPU.
 template <typename Function>
-void for_each_entry(int64_t batch, int64_t p, int64_t q, Function&& function) {
+void for_each_entry(const at::Tensor& delta, Function&& function) {
+  const int64_t batch = delta.size(0), p = std::max(delta.size(1), delta.size(2));
+  const int64_t q = std::min(delta.size(1), delta.size(2));
+  if (!delta.is_cpu()) {
+    for (int64_t entry = 0; entry < batch; ++entry) {
+      function(entry);
+    }
+    return;
+  }
   const double workspace = sizeof(double) * (5.0 * p * q + 6.0 * q * q + 2.0 * kGramBlockRows * p);
   const bool together = workspace * std::min<int64_t>(at::get_num_threads(), batch) <= kMostParallelWorkspace;
   std::vector<std::exception_ptr> errors(batch);  // so that the error raised is the first entry's, not the fastest's
@@ -270,9 +279,11 @@ void for_each_entry(int64_t batch, int64_t p, int64_t q, Function&& function) {
 
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Results whitened_svd_cpu(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
-                         const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
+// On the CPU and on a GPU, where torch's own operators call cuBLAS and cuSOLVER.
+Results whitened_svd(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
+                     const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
   const at::AutoDispatchBelowAutograd guard;
+  const c10::OptionalDeviceGuard device(delta.device());
   check_arguments(delta, rank, gram, left_gram, ridge, left_ridge);
   const int64_t batch = delta.size(0), m = delta.size(1), n = delta.size(2);
   const auto double_options = delta.options().dtype(at::kDouble);
@@ -283,7 +294,7 @@ Results whitened_svd_cpu(const at::Tensor& delta, int64_t rank, const std::optio
   if (delta.numel() == 0) {
     return {u, v, singular_values, ridge_used};
   }
-  for_each_entry(batch, std::max(m, n), std::min(m, n), [&](int64_t entry) {
+  for_each_entry(delta, [&](int64_t entry) {
     SideGram right = side_gram("gram", gram, entry, ridge);
     SideGram left = side_gram("left_gram", left_gram, entry, left_ridge);
     const at::Tensor matrix = delta.select(0, entry).to(at::kDouble);
@@ -306,6 +317,10 @@ TORCH_LIBRARY_FRAGMENT(d2moe_ext, m) {
       "float left_ridge=0.1) -> (Tensor u, Tensor v, Tensor singular_values, Tensor ridge_used)");
 }
 
-TORCH_LIBRARY_IMPL(d2moe_ext, CPU, m) { m.impl("whitened_svd", &whitened_svd_cpu); }
+TORCH_LIBRARY_IMPL(d2moe_ext, CPU, m) { m.impl("whitened_svd", &whitened_svd); }
+
+#ifdef D2MOE_WITH_CUDA
+TORCH_LIBRARY_IMPL(d2moe_ext, CUDA, m) { m.impl("whitened_svd", &whitened_svd); }
+#endif
 
 }  // namespace d2moe
