@@ -15,7 +15,7 @@ OLDEST := .venv-oldest
 OLDEST_SOURCES := build/oldest
 
 # A CUDA build of torch, in the user's cache as it is some gigabytes, named by what is installed in it.
-CUDA_NAME := $(shell cat requirements-cuda.txt | sha256sum | cut -c1-12)
+CUDA_NAME := $(shell cksum < requirements-cuda.txt | cut -d' ' -f1)
 CUDA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/d2moe_ext/cuda-$(CUDA_NAME)
 CUDA_SOURCES := build/cuda
 

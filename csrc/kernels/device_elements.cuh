@@ -22,19 +22,10 @@ struct alignas(sizeof(Element) * kCount < 16 ? sizeof(Element) * kCount : 16) Pa
   Element values[kCount];
 };
 
-// Calls function(pointer) with `data` as a pointer to its true element type.
+// visit_elements with the GPU's types.
 template <typename Function>
 void visit_device_elements(const void* data, ElementType type, Function&& function) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return function(static_cast<const float*>(data));
-    case ElementType::kFloat64:
-      return function(static_cast<const double*>(data));
-    case ElementType::kBFloat16:
-      return function(static_cast<const __nv_bfloat16*>(data));
-    case ElementType::kFloat16:
-      return function(static_cast<const __half*>(data));
-  }
+  visit_elements<__nv_bfloat16, __half>(data, type, function);
 }
 
 // How many blocks of kThreads cover `items` without more than a few waves; kernels stride over the grid.

@@ -46,8 +46,8 @@ inline float to_float(Float16 value) {
   return bit_cast<float>((exponent == 0 ? bit_cast<uint32_t>(subnormal) : normal) | sign);
 }
 
-// Calls function(pointer) with `data` as a pointer to its true element type.
-template <typename Function>
+// Calls function(pointer) with `data` as a pointer to its true element type; a GPU has types of its own for 16 bits.
+template <typename BFloat16Type = BFloat16, typename Float16Type = Float16, typename Function>
 void visit_elements(const void* data, ElementType type, Function&& function) {
   switch (type) {
     case ElementType::kFloat32:
@@ -55,9 +55,9 @@ void visit_elements(const void* data, ElementType type, Function&& function) {
     case ElementType::kFloat64:
       return function(static_cast<const double*>(data));
     case ElementType::kBFloat16:
-      return function(static_cast<const BFloat16*>(data));
+      return function(static_cast<const BFloat16Type*>(data));
     case ElementType::kFloat16:
-      return function(static_cast<const Float16*>(data));
+      return function(static_cast<const Float16Type*>(data));
   }
 }
 

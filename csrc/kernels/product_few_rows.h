@@ -2,8 +2,9 @@
 namespace d2moe::kernels {
 namespace {
 
-// out[m][n + i] += the sum of sums[m][i]. An output's order of adding does not depend on N, so that it does not matter
-// which tile of outputs it falls into.
+// out[m][n + i] += the sum of sums[m][i]. Outputs of a tile of 3 and of one alone are added up in the same order, so
+// that it does not matter where a call's outputs begin and end; tiles of 4 leave none over but at the end of the
+// matrix.
 template <typename Isa, int M, int N>
 inline void add_totals(const typename Isa::Vector (*sums)[N], float* const* out, int64_t n) {
   if constexpr (N % 4 == 0) {

@@ -82,9 +82,8 @@ void add_rows(const at::Tensor& gram, const at::Tensor& x, const at::Tensor& wei
 
 // cuBLAS multiplies bfloat16 and float16 into float32 without converting them first; weights would be lost in 16 bits.
 bool as_they_are(const at::Tensor& gram, const at::Tensor& x, bool has_weights) {
-  return x.scalar_type() == gram.scalar_type() ? !has_weights
-                                               : gram.scalar_type() == at::kFloat && !has_weights &&
-                                                     (x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf);
+  const bool sixteen_bits = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  return !has_weights && (x.scalar_type() == gram.scalar_type() || (gram.scalar_type() == at::kFloat && sixteen_bits));
 }
 
 void gram_update_cuda(at::Tensor& gram, const at::Tensor& hidden_states, const std::optional<at::Tensor>& row_weights) {
