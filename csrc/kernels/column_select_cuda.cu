@@ -4,12 +4,11 @@
 //                   rows; the last of a strip's blocks to finish adds their parts up, part after part.
 //   select          one block: scores; the key of the last score kept, digit by digit of 8 bits from the top; then
 //                   positions in order, 1024 at a time.
-#include <cuda_runtime.h>
-
 #include <type_traits>
 
 #include "kernels/column_select_cuda.h"
 #include "kernels/device_elements.cuh"
+#include "kernels/launch.cuh"
 
 namespace d2moe::kernels {
 
@@ -232,16 +231,16 @@ cudaError_t launch_squares(const Element* x, int64_t num_rows, int64_t in, int64
                            double* partial, int32_t* counters, double* squares, cudaStream_t stream) {
   constexpr int kColumns = kLanes * kPack;
   const dim3 grid(static_cast<unsigned int>((in + kColumns - 1) / kColumns), static_cast<unsigned int>(num_parts));
-  column_squares<Element, kPack>
-      <<<grid, dim3(kLanes, kSquareRows), 0, stream>>>(x, num_rows, in, row_stride, partial, counters, squares);
-  return cudaGetLastError();
+  return launch(&column_squares<Element, kPack>, grid, dim3(kLanes, kSquareRows), 0, stream, x, num_rows, in,
+                row_stride, partial, counters, squares);
 }
 
 }  // namespace
 
 int64_t column_square_parts(int64_t num_rows, int64_t in, int num_processors) {
   constexpr int64_t kRowsEach = 4 * kSquareRows;  // four loads a thread at least
-  const int64_t strips = (in + kLanes * 8 - 1) / (kLanes * 8), wanted = (4 * num_processors + strips - 1) / strips;
+  const int64_t strips = in < 1 ? 1 : (in + kLanes * 8 - 1) / (kLanes * 8);
+  const int64_t wanted = (4 * num_processors + strips - 1) / strips;
   const int64_t most = (num_rows + kRowsEach - 1) / kRowsEach, parts = wanted < most ? wanted : most;
   return parts < 1 ? 1 : parts < 65535 ? parts : 65535;
 }
@@ -255,8 +254,8 @@ cudaError_t launch_column_squares(const void* x, ElementType type, int64_t num_r
       using Element = std::decay_t<decltype(*elements)>;
       constexpr int kPack = 16 / sizeof(Element);
       const bool packs = reinterpret_cast<uintptr_t>(x) % 16 == 0 && in % kPack == 0 && row_stride % kPack == 0;
-      const auto launch = packs ? &launch_squares<Element, kPack> : &launch_squares<Element, 1>;
-      status = launch(elements, num_rows, in, row_stride, num_parts, partial, counters, squares, stream);
+      const auto square = packs ? &launch_squares<Element, kPack> : &launch_squares<Element, 1>;
+      status = square(elements, num_rows, in, row_stride, num_parts, partial, counters, squares, stream);
     });
   }
   return status;
@@ -268,9 +267,8 @@ cudaError_t launch_column_select(const double* squares, int64_t in, const float*
   if (num_columns == 0) {
     return cudaSuccess;
   }
-  select<<<1, kSelectThreads, 0, stream>>>(squares, in, column_norms, columns, static_cast<uint32_t>(num_columns),
-                                           static_cast<uint32_t>(keep), scores, selected);
-  return cudaGetLastError();
+  return launch(&select, 1, kSelectThreads, 0, stream, squares, in, column_norms, columns,
+                static_cast<uint32_t>(num_columns), static_cast<uint32_t>(keep), scores, selected);
 }
 
 }  // namespace d2moe::kernels

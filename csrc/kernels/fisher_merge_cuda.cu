@@ -1,9 +1,8 @@
 // F = scale * gradient^2, weighted_sum += F * weight, fisher_sum += F: one pass, eight elements a thread, 16 bytes a
 // load.
-#include <cuda_runtime.h>
-
 #include "kernels/device_elements.cuh"
 #include "kernels/fisher_merge_cuda.h"
+#include "kernels/launch.cuh"
 
 namespace d2moe::kernels {
 
@@ -59,19 +58,20 @@ __global__ void __launch_bounds__(kThreads)
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename Accumulator, typename Weight, typename Gradient>
-cudaError_t launch(Accumulator* weighted_sum, Accumulator* fisher_sum, const Weight* weight, const Gradient* gradient,
-                   Accumulator scale, int64_t count, cudaStream_t stream) {
+cudaError_t launch_merge(Accumulator* weighted_sum, Accumulator* fisher_sum, const Weight* weight,
+                         const Gradient* gradient, Accumulator scale, int64_t count, cudaStream_t stream) {
   const bool packs = aligned(weighted_sum) && aligned(fisher_sum) && aligned(weight) && aligned(gradient);
   const int64_t num_packs = packs ? count / kPack : 0;
+  cudaError_t status = cudaSuccess;
   if (num_packs > 0) {
-    merge_packs<<<grid_size(num_packs, kThreads), kThreads, 0, stream>>>(weighted_sum, fisher_sum, weight, gradient,
-                                                                         scale, num_packs);
+    status = launch(&merge_packs<Accumulator, Weight, Gradient>, grid_size(num_packs, kThreads), kThreads, 0, stream,
+                    weighted_sum, fisher_sum, weight, gradient, scale, num_packs);
   }
-  if (num_packs * kPack < count) {
-    merge_singles<<<grid_size(count - num_packs * kPack, kThreads), kThreads, 0, stream>>>(
-        weighted_sum, fisher_sum, weight, gradient, scale, num_packs * kPack, count);
+  if (status == cudaSuccess && num_packs * kPack < count) {
+    status = launch(&merge_singles<Accumulator, Weight, Gradient>, grid_size(count - num_packs * kPack, kThreads),
+                    kThreads, 0, stream, weighted_sum, fisher_sum, weight, gradient, scale, num_packs * kPack, count);
   }
-  return cudaGetLastError();
+  return status;
 }
 
 template <typename Accumulator>
@@ -81,8 +81,8 @@ cudaError_t launch_for(void* weighted_sum, void* fisher_sum, const void* weight,
   cudaError_t status = cudaSuccess;
   visit_device_elements(weight, weight_type, [&](const auto* weights) {
     visit_device_elements(gradient, gradient_type, [&](const auto* gradients) {
-      status = launch(static_cast<Accumulator*>(weighted_sum), static_cast<Accumulator*>(fisher_sum), weights,
-                      gradients, static_cast<Accumulator>(scale), count, stream);
+      status = launch_merge(static_cast<Accumulator*>(weighted_sum), static_cast<Accumulator*>(fisher_sum), weights,
+                            gradients, static_cast<Accumulator>(scale), count, stream);
     });
   });
   return status;
@@ -96,8 +96,8 @@ cudaError_t launch_fisher_merge(void* weighted_sum, void* fisher_sum, ElementTyp
   if (count == 0) {
     return cudaSuccess;
   }
-  const auto launch = accumulators == ElementType::kFloat64 ? &launch_for<double> : &launch_for<float>;
-  return launch(weighted_sum, fisher_sum, weight, weight_type, gradient, gradient_type, scale, count, stream);
+  const auto merge = accumulators == ElementType::kFloat64 ? &launch_for<double> : &launch_for<float>;
+  return merge(weighted_sum, fisher_sum, weight, weight_type, gradient, gradient_type, scale, count, stream);
 }
 
 }  // namespace d2moe::kernels

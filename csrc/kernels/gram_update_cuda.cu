@@ -1,8 +1,7 @@
 // matrix[i, j] = matrix[j, i] for i < j: a tile of the lower triangle is read by rows, turned around in shared memory,
 // and written by rows.
-#include <cuda_runtime.h>
-
 #include "kernels/gram_update_cuda.h"
+#include "kernels/launch.cuh"
 
 namespace d2moe::kernels {
 
@@ -33,10 +32,9 @@ __global__ void __launch_bounds__(kTile* kRows) mirror(Element* matrix, int64_t 
 }
 
 template <typename Element>
-cudaError_t launch(Element* matrix, int64_t n, cudaStream_t stream) {
+cudaError_t launch_mirror(Element* matrix, int64_t n, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned int>((n + kTile - 1) / kTile);
-  mirror<<<dim3(tiles, tiles), dim3(kTile, kRows), 0, stream>>>(matrix, n);
-  return cudaGetLastError();
+  return launch(&mirror<Element>, dim3(tiles, tiles), dim3(kTile, kRows), 0, stream, matrix, n);
 }
 
 }  // namespace
@@ -45,8 +43,8 @@ cudaError_t launch_mirror_lower_triangle(void* matrix, ElementType type, int64_t
   if (n == 0) {
     return cudaSuccess;
   }
-  return type == ElementType::kFloat64 ? launch(static_cast<double*>(matrix), n, stream)
-                                       : launch(static_cast<float*>(matrix), n, stream);
+  return type == ElementType::kFloat64 ? launch_mirror(static_cast<double*>(matrix), n, stream)
+                                       : launch_mirror(static_cast<float*>(matrix), n, stream);
 }
 
 }  // namespace d2moe::kernels

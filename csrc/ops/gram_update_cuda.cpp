@@ -4,13 +4,12 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/Exceptions.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
+#include "ops/cuda_context.h"
 #include "ops/element_type.h"
 #include "ops/gram_update.h"
 
@@ -93,7 +92,7 @@ void gram_update_cuda(at::Tensor& gram, const at::Tensor& hidden_states, const s
   if (num_tokens == 0 || n == 0) {
     return;
   }
-  const c10::cuda::CUDAGuard device(gram.device());
+  const CudaContext context(gram);
   const at::Tensor target = gram.contiguous();
   const bool direct = as_they_are(gram, hidden_states, row_weights.has_value());
   const int64_t chunk = direct ? kMostTokens : std::clamp<int64_t>(kChunkElements / n, 1, kMostTokens);
@@ -105,8 +104,7 @@ void gram_update_cuda(at::Tensor& gram, const at::Tensor& hidden_states, const s
         row_weights.has_value() ? x * row_weights->slice(0, first, last).to(gram.scalar_type()).unsqueeze(1) : x;
     add_rows(target, x, weighted);
   }
-  C10_CUDA_CHECK(kernels::launch_mirror_lower_triangle(target.data_ptr(), element_type(target), n,
-                                                       c10::cuda::getCurrentCUDAStream()));
+  check_cuda(kernels::launch_mirror_lower_triangle(target.data_ptr(), element_type(target), n, context.stream()));
   if (!target.is_same(gram)) {
     gram.copy_(target);
   }
@@ -114,6 +112,6 @@ void gram_update_cuda(at::Tensor& gram, const at::Tensor& hidden_states, const s
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(d2moe_ext, CUDA, m) { m.impl("gram_update_", &gram_update_cuda); }
+TORCH_LIBRARY_IMPL(d2moe_ext, D2MOE_CUDA_KEY, m) { m.impl("gram_update_", &gram_update_cuda); }
 
 }  // namespace d2moe

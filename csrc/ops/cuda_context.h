@@ -1,0 +1,47 @@
+// What an operator needs to know of the GPU that its tensors are on. Where tests run kernels on a CPU
+// (tools/emulated_cuda) the same operators are registered for that.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#ifdef D2MOE_EMULATED
+#include <c10/util/Exception.h>
+#include <cuda_runtime.h>
+
+#define D2MOE_CUDA_KEY CPU
+#else
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#define D2MOE_CUDA_KEY CUDA
+#endif
+
+namespace d2moe {
+
+// The device of a tensor is the current one while this lives.
+class CudaContext {
+ public:
+#ifdef D2MOE_EMULATED
+  explicit CudaContext(const at::Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+  int num_processors() const { return 4; }
+#else
+  explicit CudaContext(const at::Tensor& tensor) : guard_(tensor.device()) {}
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }
+  int num_processors() const { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
+
+ private:
+  const c10::cuda::CUDAGuard guard_;
+#endif
+};
+
+inline void check_cuda(cudaError_t status) {
+#ifdef D2MOE_EMULATED
+  TORCH_CHECK(status == cudaSuccess, "a kernel must be launched, got status ", static_cast<int>(status));
+#else
+  C10_CUDA_CHECK(status);
+#endif
+}
+
+}  // namespace d2moe
