@@ -7,17 +7,26 @@ from pathlib import Path
 import cli_helpers
 import pytest
 import torch
+from gpu import EMULATED
 
 from d2moe_ext import _native
 from d2moe_ext.cli import main
+from tools import emulated
+
+
+def pytest_configure() -> None:
+    """``D2MOE_EMULATED_CUDA=folder`` runs CUDA kernels on the CPU, in place of its own; built in that folder."""
+    if EMULATED:
+        emulated.load(Path(os.environ["D2MOE_EMULATED_CUDA"]).resolve())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a GPU are skipped where there is none, unless ``D2MOE_REQUIRE_GPU=1`` says that there must be one."""
     if os.environ.get("D2MOE_REQUIRE_GPU") == "1" or (torch.cuda.is_available() and _native.C.build_info()["cuda"]):
         return
+    marker = "real_gpu" if EMULATED else "cuda"
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA build and a GPU"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu import DEVICE
 from test_column_select import FORWARD, assert_selected
 from test_fisher_merge import FLOATS, assert_merged
 from test_gram_update import assert_updated, random_symmetric
@@ -16,10 +17,10 @@ pytestmark = pytest.mark.cuda
 
 def on_gpu(value, layout="plain"):
     if layout == "transposed":
-        return value.T.contiguous().cuda().T
+        return value.T.contiguous().to(DEVICE).T
     if layout == "sliced":
-        return torch.nn.functional.pad(value, (3, 2)).cuda()[:, 3:-2]
-    return value.cuda()
+        return torch.nn.functional.pad(value, (3, 2)).to(DEVICE)[:, 3:-2]
+    return value.to(DEVICE)
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
@@ -40,12 +41,13 @@ def test_fisher_merge(shape, layout, sums):
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_fisher_merge_off_the_vectors_boundary(offset):
     generator = torch.Generator().manual_seed(offset)
-    flat = [torch.randn(1000, generator=generator).cuda()[offset : offset + 990].view(10, 99) for _ in range(4)]
+    flat = [torch.randn(1000, generator=generator).to(DEVICE)[offset : offset + 990].view(10, 99) for _ in range(4)]
     before = flat[0].clone(), flat[1].clone()
     ops.fisher_merge_(*flat, 1.5)
     assert_merged(before, (flat[0], flat[1]), flat[2], flat[3], 1.5)
 
 
+@pytest.mark.real_gpu
 @pytest.mark.parametrize("n", [1, 31, 33, 257, 1023, 1025, 2100])
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -54,17 +56,18 @@ def test_gram_update(n, num_tokens, weighted):
     generator = torch.Generator().manual_seed(n)
     for gram_dtype in (torch.float32, torch.float64):
         for dtype in FLOATS:
-            x = torch.randn(num_tokens, n, generator=generator).to(dtype).cuda()
-            weights = torch.randn(num_tokens, generator=generator).cuda() if weighted else None
-            gram = random_symmetric(n, gram_dtype, generator).cuda()
+            x = torch.randn(num_tokens, n, generator=generator).to(dtype).to(DEVICE)
+            weights = torch.randn(num_tokens, generator=generator).to(DEVICE) if weighted else None
+            gram = random_symmetric(n, gram_dtype, generator).to(DEVICE)
             before = gram.clone()
             ops.gram_update_(gram, x, weights)
             assert_updated(before, gram, x, weights)
 
 
+@pytest.mark.real_gpu
 def test_gram_update_never_multiplies_in_tf32():
     generator = torch.Generator().manual_seed(4)
-    x, gram = torch.randn(500, 96, generator=generator).cuda(), torch.zeros(96, 96).cuda()
+    x, gram = torch.randn(500, 96, generator=generator).to(DEVICE), torch.zeros(96, 96).to(DEVICE)
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -82,28 +85,29 @@ def test_gram_update_never_multiplies_in_tf32():
 def test_column_select(dtype, in_features, num_tokens):
     generator = torch.Generator().manual_seed(in_features)
     for levels in (2, 1000):  # two levels only make for many exact ties
-        x = torch.randint(-levels, levels + 1, (num_tokens, in_features), generator=generator).to(dtype).cuda()
-        norms = torch.randint(0, levels + 1, (in_features,), generator=generator).float().cuda()
-        columns = torch.randperm(in_features, generator=generator)[: (in_features + 1) // 2].sort().values.int().cuda()
+        x = torch.randint(-levels, levels + 1, (num_tokens, in_features), generator=generator).to(dtype).to(DEVICE)
+        norms = torch.randint(0, levels + 1, (in_features,), generator=generator).float().to(DEVICE)
+        columns = torch.randperm(in_features, generator=generator)[: (in_features + 1) // 2].sort().values.int().to(DEVICE)
         for keep in (0, 1, in_features // 2, in_features):
             assert_selected(x, norms, keep)
         assert_selected(x, norms[: len(columns)], len(columns) // 2, columns)
 
 
 def test_column_select_of_what_is_not_finite():
-    x = torch.tensor([[1.0, float("nan"), 3.0, float("inf"), 2.0]]).cuda()
-    assert_selected(x, torch.ones(5).cuda(), 3)
+    x = torch.tensor([[1.0, float("nan"), 3.0, float("inf"), 2.0]]).to(DEVICE)
+    assert_selected(x, torch.ones(5).to(DEVICE), 3)
 
 
 def test_column_select_is_safe_for_any_column():
-    columns = torch.tensor([-5, 2, 1 << 30, 0], dtype=torch.int32).cuda()
-    scores, selected = ops.column_select(torch.tensor([[1.0, 2.0, 3.0]]).cuda(), torch.ones(4).cuda(), 2, columns)
+    columns = torch.tensor([-5, 2, 1 << 30, 0], dtype=torch.int32).to(DEVICE)
+    scores, selected = ops.column_select(torch.tensor([[1.0, 2.0, 3.0]]).to(DEVICE), torch.ones(4).to(DEVICE), 2, columns)
     assert scores.tolist() == [0.0, 3.0, 0.0, 1.0]
     assert selected.tolist() == [1, 3]
 
 
+@pytest.mark.real_gpu
 def test_column_select_is_captured_in_a_graph():
-    x, norms = torch.randn(700, 4096).cuda(), torch.rand(4096).cuda()
+    x, norms = torch.randn(700, 4096).to(DEVICE), torch.rand(4096).to(DEVICE)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         ops.column_select(x, norms, 2000)
@@ -118,9 +122,9 @@ def test_column_select_is_captured_in_a_graph():
 
 
 def svd_on_gpu(delta, rank, gram, left_gram):
-    grams = [None if value is None else value.cuda() for value in (gram, left_gram)]
-    found = ops.whitened_svd(delta.cuda(), rank, *grams)
-    assert all(value.is_cuda for value in found)
+    grams = [None if value is None else value.to(DEVICE) for value in (gram, left_gram)]
+    found = ops.whitened_svd(delta.to(DEVICE), rank, *grams)
+    assert all(value.device.type == DEVICE for value in found)
     return tuple(value.cpu() for value in found)
 
 
@@ -139,7 +143,7 @@ def test_whitened_svd(shape, kind):
 
 
 def test_whitened_svd_refuses_what_is_not_finite():
-    delta = torch.ones(2, 3, 3).cuda()
+    delta = torch.ones(2, 3, 3).to(DEVICE)
     delta[1, 0, 2] = float("nan")
     with pytest.raises(RuntimeError, match=r"whitened_svd: delta must be finite, got nan in batch entry 1"):
         ops.whitened_svd(delta, 1)

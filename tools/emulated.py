@@ -44,7 +44,7 @@ def load(folder: Path) -> None:
     cpp_extension.load(
         NAME,
         copies,
-        extra_cflags=["-O1", "-g", "-DD2MOE_EMULATED", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"],
+        extra_cflags=["-O2", "-g", "-DD2MOE_EMULATED", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"],
         # What both devices share is in the extension itself, which is loaded already.
         extra_ldflags=[_native.C.__file__],
         extra_include_paths=[str(EMULATED), str(ROOT / "csrc")],

@@ -9,6 +9,7 @@
 #include "kernels/column_select_cuda.h"
 #include "kernels/device_elements.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/moe_pairs.cuh"
 
 namespace d2moe::kernels {
 
@@ -21,11 +22,42 @@ constexpr int kWarps = kSelectThreads / kLanes;
 constexpr int kDigits = 256;
 constexpr unsigned int kAllLanes = 0xffffffffu;
 
+// The rows of X that a group sums: all of them,
+struct AllRows {
+  int64_t num_rows;
+  __device__ int64_t count(int) const { return num_rows; }
+  __device__ int64_t row(int, int64_t i) const { return i; }
+};
+
+// or those that a base multiplies; -1 for one that is not.
+struct RowsOfBase {
+  MoePairs pairs;
+  BaseRows base_rows;
+  const int32_t* order;  // null: all rows are looked at
+  const int32_t* offsets;
+  int32_t rows_per_x;
+  __device__ int64_t count(int base) const {
+    return order != nullptr ? offsets[base + 1] - offsets[base] : base_rows.count(pairs);
+  }
+  __device__ int64_t row(int base, int64_t i) const {
+    if (order != nullptr) {
+      return order[offsets[base] + i] / rows_per_x;
+    }
+    return base_of_row(pairs, base_rows, i) == base ? i / rows_per_x : -1;
+  }
+};
+
 // What each thread adds up: kPack neighbouring columns of some rows.
-template <typename Element, int kPack>
-__device__ inline void add_squares(const Element* x, int64_t first_row, int64_t num_rows, int64_t row_step,
+template <typename Element, int kPack, typename Rows>
+__device__ inline void add_squares(const Element* x, const Rows& rows, int64_t first_row, int64_t row_step,
                                    int64_t row_stride, double (&sums)[kPack]) {
-  for (int64_t row = first_row; row < num_rows; row += row_step) {
+  const int group = static_cast<int>(blockIdx.z);
+  const int64_t count = rows.count(group);
+  for (int64_t i = first_row; i < count; i += row_step) {
+    const int64_t row = rows.row(group, i);
+    if (row < 0) {
+      continue;
+    }
     const Pack<Element, kPack> values = *reinterpret_cast<const Pack<Element, kPack>*>(x + row * row_stride);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
@@ -46,9 +78,9 @@ __device__ inline double block_total(const double (&shared)[kSquareRows][kLanes 
   return total;
 }
 
-template <typename Element, int kPack>
+template <typename Element, int kPack, typename Rows>
 __global__ void __launch_bounds__(kLanes* kSquareRows)
-    column_squares(const Element* __restrict__ x, int64_t num_rows, int64_t in, int64_t row_stride,
+    column_squares(const Element* __restrict__ x, Rows rows, int64_t in, int64_t row_stride,
                    double* __restrict__ partial, int32_t* __restrict__ counters, double* __restrict__ squares) {
   constexpr int kColumns = kLanes * kPack;
   __shared__ double shared[kSquareRows][kColumns];
@@ -57,7 +89,7 @@ __global__ void __launch_bounds__(kLanes* kSquareRows)
   double sums[kPack] = {};
   if (column < in) {
     const int64_t first = static_cast<int64_t>(blockIdx.y) * kSquareRows + threadIdx.y;
-    add_squares<Element, kPack>(x + column, first, num_rows, static_cast<int64_t>(gridDim.y) * kSquareRows, row_stride,
+    add_squares<Element, kPack>(x + column, rows, first, static_cast<int64_t>(gridDim.y) * kSquareRows, row_stride,
                                 sums);
   }
 #pragma unroll
@@ -66,6 +98,8 @@ __global__ void __launch_bounds__(kLanes* kSquareRows)
   }
   __syncthreads();
   const int thread = threadIdx.y * kLanes + threadIdx.x;
+  partial += static_cast<int64_t>(blockIdx.z) * gridDim.y * in;
+  squares += blockIdx.z * in;
   double* out = gridDim.y == 1 ? squares : partial + blockIdx.y * in;
   for (int c = thread; c < kColumns && strip + c < in; c += kLanes * kSquareRows) {
     out[strip + c] = block_total<kPack>(shared, c);
@@ -76,7 +110,7 @@ __global__ void __launch_bounds__(kLanes* kSquareRows)
   __threadfence();
   __syncthreads();
   if (thread == 0) {
-    last = atomicAdd(counters + blockIdx.x, 1) == static_cast<int>(gridDim.y) - 1;
+    last = atomicAdd(counters + blockIdx.z * gridDim.x + blockIdx.x, 1) == static_cast<int>(gridDim.y) - 1;
   }
   __syncthreads();
   if (!last) {
@@ -209,6 +243,12 @@ __global__ void __launch_bounds__(kSelectThreads)
   __shared__ int counts[kDigits];
   __shared__ int warp_totals[kWarps];
   __shared__ Choice choice;
+  const int64_t group = blockIdx.x;
+  squares += group * in;
+  column_norms += group * num_columns;
+  columns = columns == nullptr ? nullptr : columns + group * num_columns;
+  scores += group * num_columns;
+  selected += group * keep;
   write_scores(squares, in, column_norms, columns, num_columns, scores);
   if (keep == 0) {
     return;
@@ -226,13 +266,35 @@ __global__ void __launch_bounds__(kSelectThreads)
   write_selected(scores, num_columns, answer, rank + 1, warp_totals, selected);
 }
 
-template <typename Element, int kPack>
-cudaError_t launch_squares(const Element* x, int64_t num_rows, int64_t in, int64_t row_stride, int64_t num_parts,
-                           double* partial, int32_t* counters, double* squares, cudaStream_t stream) {
+// X as it lies in memory, and where its squares go.
+struct Squares {
+  const void* x;
+  int64_t in, row_stride, num_groups, num_parts;
+  double* partial;
+  int32_t* counters;
+  double* squares;
+};
+
+template <typename Element, int kPack, typename Rows>
+cudaError_t launch_packs(const Squares& a, const Rows& rows, cudaStream_t stream) {
   constexpr int kColumns = kLanes * kPack;
-  const dim3 grid(static_cast<unsigned int>((in + kColumns - 1) / kColumns), static_cast<unsigned int>(num_parts));
-  return launch(&column_squares<Element, kPack>, grid, dim3(kLanes, kSquareRows), 0, stream, x, num_rows, in,
-                row_stride, partial, counters, squares);
+  const dim3 grid(static_cast<unsigned int>((a.in + kColumns - 1) / kColumns), static_cast<unsigned int>(a.num_parts),
+                  static_cast<unsigned int>(a.num_groups));
+  return launch(&column_squares<Element, kPack, Rows>, grid, dim3(kLanes, kSquareRows), 0, stream,
+                static_cast<const Element*>(a.x), rows, a.in, a.row_stride, a.partial, a.counters, a.squares);
+}
+
+template <typename Rows>
+cudaError_t launch_squares(const Squares& a, ElementType type, const Rows& rows, cudaStream_t stream) {
+  cudaError_t status = cudaSuccess;
+  visit_device_elements(a.x, type, [&](const auto* elements) {
+    using Element = std::decay_t<decltype(*elements)>;
+    constexpr int kPack = 16 / sizeof(Element);
+    const bool packs = reinterpret_cast<uintptr_t>(a.x) % 16 == 0 && a.in % kPack == 0 && a.row_stride % kPack == 0;
+    const auto launch_them = packs ? &launch_packs<Element, kPack, Rows> : &launch_packs<Element, 1, Rows>;
+    status = launch_them(a, rows, stream);
+  });
+  return status;
 }
 
 }  // namespace
@@ -248,27 +310,27 @@ int64_t column_square_parts(int64_t num_rows, int64_t in, int num_processors) {
 cudaError_t launch_column_squares(const void* x, ElementType type, int64_t num_rows, int64_t in, int64_t row_stride,
                                   int64_t num_parts, double* partial, int32_t* counters, double* squares,
                                   cudaStream_t stream) {
-  cudaError_t status = cudaSuccess;
-  if (in > 0) {
-    visit_device_elements(x, type, [&](const auto* elements) {
-      using Element = std::decay_t<decltype(*elements)>;
-      constexpr int kPack = 16 / sizeof(Element);
-      const bool packs = reinterpret_cast<uintptr_t>(x) % 16 == 0 && in % kPack == 0 && row_stride % kPack == 0;
-      const auto square = packs ? &launch_squares<Element, kPack> : &launch_squares<Element, 1>;
-      status = square(elements, num_rows, in, row_stride, num_parts, partial, counters, squares, stream);
-    });
-  }
-  return status;
+  const Squares arguments{x, in, row_stride, 1, num_parts, partial, counters, squares};
+  return launch_squares(arguments, type, AllRows{num_rows}, stream);
 }
 
-cudaError_t launch_column_select(const double* squares, int64_t in, const float* column_norms, const int32_t* columns,
-                                 int64_t num_columns, int64_t keep, float* scores, int32_t* selected,
-                                 cudaStream_t stream) {
+cudaError_t launch_base_column_squares(const BaseSquares& a, cudaStream_t stream) {
+  const Squares arguments{a.x,         a.in,      a.row_stride, a.base_rows.num_bases,
+                          a.num_parts, a.partial, a.counters,   a.squares};
+  const RowsOfBase rows{a.pairs, a.base_rows, a.sorted == nullptr ? nullptr : a.sorted->order,
+                        a.sorted == nullptr ? nullptr : a.sorted->offsets, a.rows_per_x};
+  return launch_squares(arguments, a.type, rows, stream);
+}
+
+cudaError_t launch_column_select(int64_t num_groups, const double* squares, int64_t in, const float* column_norms,
+                                 const int32_t* columns, int64_t num_columns, int64_t keep, float* scores,
+                                 int32_t* selected, cudaStream_t stream) {
   if (num_columns == 0) {
     return cudaSuccess;
   }
-  return launch(&select, 1, kSelectThreads, 0, stream, squares, in, column_norms, columns,
-                static_cast<uint32_t>(num_columns), static_cast<uint32_t>(keep), scores, selected);
+  return launch(&select, dim3(static_cast<unsigned int>(num_groups)), dim3(kSelectThreads), 0, stream, squares, in,
+                column_norms, columns, static_cast<uint32_t>(num_columns), static_cast<uint32_t>(keep), scores,
+                selected);
 }
 
 }  // namespace d2moe::kernels

@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #include "kernels/element_type.h"
+#include "kernels/moe_pairs_cuda.h"
+#include "kernels/row_sort_cuda.h"
 
 namespace d2moe::kernels {
 
@@ -18,11 +20,30 @@ cudaError_t launch_column_squares(const void* x, ElementType type, int64_t num_r
                                   int64_t num_parts, double* partial, int32_t* counters, double* squares,
                                   cudaStream_t stream);
 
+// squares[base, j] likewise over the rows that each base multiplies: row r of base_rows is row r / rows_per_x of X.
+// `sorted` are those rows by base, or null where they are few or one base has them all. `partial` [num_bases,
+// num_parts, in], `counters` [num_bases, in].
+struct BaseSquares {
+  const void* x;
+  ElementType type;
+  int64_t in;
+  int64_t row_stride;
+  int32_t rows_per_x;
+  MoePairs pairs;
+  BaseRows base_rows;
+  const SortedRows* sorted;
+  int64_t num_parts;
+  double* partial;
+  int32_t* counters;
+  double* squares;  // [num_bases, in]
+};
+cudaError_t launch_base_column_squares(const BaseSquares& arguments, cudaStream_t stream);
+
 // scores[j] = column_norms[j] * sqrt(squares[columns[j]]), and the positions of the `keep` largest, ascending; NaN
 // counts as +infinity, of equal scores the lower position wins, and a column that `squares` [in] does not have scores
-// 0.
-cudaError_t launch_column_select(const double* squares, int64_t in, const float* column_norms, const int32_t* columns,
-                                 int64_t num_columns, int64_t keep, float* scores, int32_t* selected,
-                                 cudaStream_t stream);
+// 0. For num_groups of each, one after the other.
+cudaError_t launch_column_select(int64_t num_groups, const double* squares, int64_t in, const float* column_norms,
+                                 const int32_t* columns, int64_t num_columns, int64_t keep, float* scores,
+                                 int32_t* selected, cudaStream_t stream);
 
 }  // namespace d2moe::kernels

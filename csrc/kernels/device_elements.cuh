@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/element_type.h"
 
@@ -14,6 +15,18 @@ __device__ inline double widen(double value) { return value; }
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float widen(__half value) { return __half2float(value); }
+
+// Rounded to nearest, ties to even.
+template <typename Element>
+__device__ inline Element narrow(float value) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    return __float2bfloat16(value);
+  } else if constexpr (std::is_same_v<Element, __half>) {
+    return __float2half(value);
+  } else {
+    return value;
+  }
+}
 
 // kCount elements that are loaded and stored 16 bytes at a time; the address must be a multiple of 16 bytes, or of all
 // of them where they are fewer.

@@ -36,7 +36,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
       return status;
     }
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
+  // clang-format off: it takes the brackets for shifts
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  // clang-format on
   return cudaGetLastError();
 #endif
 }

@@ -44,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor> column_select_cuda(const at::Tensor& hidden_s
   const at::Tensor positions = columns.has_value() ? columns->contiguous() : at::Tensor();
   at::Tensor scores = at::empty({num_columns}, column_norms.options());
   at::Tensor selected = at::empty({keep}, column_norms.options().dtype(at::kInt));
-  check_cuda(kernels::launch_column_select(squares.const_data_ptr<double>(), in, norms.const_data_ptr<float>(),
+  check_cuda(kernels::launch_column_select(1, squares.const_data_ptr<double>(), in, norms.const_data_ptr<float>(),
                                            positions.defined() ? positions.const_data_ptr<int32_t>() : nullptr,
                                            num_columns, keep, scores.data_ptr<float>(), selected.data_ptr<int32_t>(),
                                            context.stream()));

@@ -25,7 +25,7 @@ class CudaContext {
 #ifdef D2MOE_EMULATED
   explicit CudaContext(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
-  int num_processors() const { return 4; }
+  int num_processors() const { return 32; }
 #else
   explicit CudaContext(const at::Tensor& tensor) : guard_(tensor.device()) {}
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }

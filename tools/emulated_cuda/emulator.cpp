@@ -67,15 +67,20 @@ int64_t blocks_run = 0;
   std::abort();
 }
 
-void enter() {
-  (*thread_function)();
-  current->finished = true;
-  --live;
-  if (live > 0 && block_meeting.arrived == live) {  // a thread that has returned is not waited for
-    block_meeting.arrived = 0;
-    ++block_meeting.round;
+// A fiber's whole life: one thread of a block after another.
+void live_on() {
+  for (;;) {
+    (*thread_function)();
+    current->finished = true;
+    --live;
+    if (live > 0 && block_meeting.arrived == live) {  // a thread that has returned is not waited for
+      block_meeting.arrived = 0;
+      ++block_meeting.round;
+    }
+    if (_setjmp(current->context) == 0) {
+      _longjmp(scheduler, 1);
+    }
   }
-  _longjmp(scheduler, 1);
 }
 
 // The fiber's stack is made by ucontext; every later switch is a jump, which needs no system call.
@@ -86,7 +91,7 @@ void start(Fiber& fiber) {
   context.uc_stack.ss_sp = fiber.stack.get();
   context.uc_stack.ss_size = kStackBytes;
   context.uc_link = nullptr;
-  makecontext(&context, enter, 0);
+  makecontext(&context, live_on, 0);
   fiber.started = true;
   swapcontext(&origin, &context);
 }
@@ -130,9 +135,11 @@ void prepare_block(int threads) {
   std::fill(shared.begin(), shared.end(), 0xff);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.started = fiber.finished = false;
+    fiber.finished = false;
     fiber.waits_for = nullptr;
-    fiber.copies.assign(1, {});
+    if (fiber.copies.size() != 1 || !fiber.copies.front().empty()) {
+      fiber.copies.assign(1, {});
+    }
     fiber.warp = i / kWarp;
     fiber.lane = i % kWarp;
     fiber.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));

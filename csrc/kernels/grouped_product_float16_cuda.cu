@@ -1,0 +1,11 @@
+#include "kernels/grouped_product.cuh"
+
+namespace d2moe::kernels {
+
+cudaError_t launch_float16_product(const ProductArguments& arguments, const ProductGrid& grid, cudaStream_t stream) {
+  const auto launch_it =
+      grid.many_rows ? &launch_product_with<ManyRows<__half>> : &launch_product_with<FewRows<__half>>;
+  return launch_it(arguments, grid, stream);
+}
+
+}  // namespace d2moe::kernels

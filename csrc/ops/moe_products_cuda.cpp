@@ -1,0 +1,393 @@
+#include "ops/moe_products_cuda.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/column_select_cuda.h"
+#include "kernels/moe_rows_cuda.h"
+#include "kernels/tuning_cuda.h"
+
+namespace d2moe {
+
+using kernels::BaseRowKind;
+using kernels::BaseRows;
+using kernels::GroupedProduct;
+using kernels::WeightPart;
+
+namespace {
+
+constexpr int64_t kFewCounters = 4096;
+
+template <typename Element>
+const Element* pointer(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<Element>() : nullptr;
+}
+
+const void* element_at(const at::Tensor& tensor, int64_t offset) {
+  return static_cast<const std::byte*>(tensor.const_data_ptr()) + offset * tensor.element_size();
+}
+
+kernels::MoePairs pairs_of(const char* op, const at::Tensor& top_k_index, int64_t num_experts) {
+  TORCH_CHECK(top_k_index.numel() < std::numeric_limits<int32_t>::max(), op,
+              ": top_k_index must hold fewer than 2^31 ids on a GPU, got ", top_k_index.numel());
+  return {top_k_index.const_data_ptr(), top_k_index.scalar_type() == at::kLong, top_k_index.size(0),
+          static_cast<int32_t>(top_k_index.size(1)), static_cast<int32_t>(num_experts)};
+}
+
+bool many_rows(int64_t num_rows, int64_t num_groups) { return num_rows >= kernels::kManyRowsEach * num_groups; }
+
+bool by_channel(const BaseGroup& group) { return group.base.stride(2) != 1; }
+
+// A product of rows that `call` has sorted; the caller says what it multiplies.
+GroupedProduct product_of(const PairsCall& call, const BaseRows& rows, bool by_base, const CudaSource& source) {
+  GroupedProduct product{};
+  product.type = call.type;
+  product.pairs = call.pairs;
+  product.base_rows = rows;
+  product.by_base = by_base;
+  product.sorted = by_base ? call.by_base(rows) : call.by_expert();
+  product.x = source.x.const_data_ptr();
+  product.x_stride = source.x.stride(0);
+  product.rows_per_x = source.rows_per_x;
+  return product;
+}
+
+void run(PairsCall& call, GroupedProduct& product, void* out, int64_t out_stride, int64_t most_outputs,
+         int64_t most_channels) {
+  product.out = out;
+  product.out_stride = out_stride;
+  const kernels::SortedRows* sorted = product.sorted;
+  const bool many = sorted != nullptr && sorted->tile_rows != kernels::product_tile_rows(call.type, false);
+  const kernels::ProductGrid grid =
+      kernels::product_grid(product, many, most_outputs, most_channels, call.context.num_processors());
+  at::Tensor partial, counters;
+  if (grid.splits > 1) {
+    partial = at::empty({grid.partial_floats}, call.options.dtype(at::kFloat));
+    counters = call.counters(grid.counters);
+  }
+  check_cuda(kernels::launch_grouped_product(product, grid, grid.splits > 1 ? partial.data_ptr<float>() : nullptr,
+                                             grid.splits > 1 ? counters.data_ptr<int32_t>() : nullptr,
+                                             call.context.stream()));
+}
+
+// The places, among the kept columns, of the `keep` that weigh most for the rows of each base: [num_bases, keep].
+at::Tensor select_columns(PairsCall& call, const BaseGroup& group, const BaseRows& rows, const CudaSource& source) {
+  const int64_t in = source.x.size(1), num_bases = group.num_bases();
+  const at::TensorOptions doubles = call.options.dtype(at::kDouble), integers = call.options.dtype(at::kInt);
+  kernels::BaseSquares squares{};
+  squares.x = source.x.const_data_ptr();
+  squares.type = call.type;
+  squares.in = in;
+  squares.row_stride = source.x.stride(0);
+  squares.rows_per_x = source.rows_per_x;
+  squares.pairs = call.pairs;
+  squares.base_rows = rows;
+  squares.sorted = call.by_base(rows);
+  const int64_t rows_each = (rows.count(call.pairs) + num_bases - 1) / num_bases;
+  squares.num_parts = kernels::column_square_parts(rows_each, in * num_bases, call.context.num_processors());
+  const at::Tensor sums = at::empty({num_bases, in}, doubles);
+  at::Tensor partial, counters;
+  if (squares.num_parts > 1) {
+    partial = at::empty({num_bases, squares.num_parts, in}, doubles);
+    counters = at::zeros({num_bases, in}, integers);
+    squares.partial = partial.data_ptr<double>();
+    squares.counters = counters.data_ptr<int32_t>();
+  }
+  squares.squares = sums.data_ptr<double>();
+  check_cuda(kernels::launch_base_column_squares(squares, call.context.stream()));
+  const at::Tensor scores = at::empty({num_bases, group.kept()}, call.options.dtype(at::kFloat));
+  at::Tensor selected = at::empty({num_bases, group.keep}, integers);
+  check_cuda(kernels::launch_column_select(
+      num_bases, sums.const_data_ptr<double>(), in, pointer<float>(group.column_norms), pointer<int32_t>(group.columns),
+      group.kept(), group.keep, scores.data_ptr<float>(), selected.data_ptr<int32_t>(), call.context.stream()));
+  return selected;
+}
+
+// What a group's bases multiply, and which of their channels.
+struct BaseInput {
+  CudaSource source;
+  at::Tensor selected;  // [num_bases, keep] of the channels that are multiplied, in their order; undefined for all
+};
+
+BaseInput base_input(PairsCall& call, const BaseGroup& group, const BaseRows& rows, const CudaSource& source,
+                     bool masks) {
+  if (!group.columns.has_value() && !group.prunes_dynamically()) {
+    return {source, {}};
+  }
+  const at::Tensor selected = group.prunes_dynamically() ? select_columns(call, group, rows, source) : at::Tensor();
+  const bool masked = masks && selected.defined();
+  kernels::BaseColumns columns{};
+  columns.type = call.type;
+  columns.pairs = call.pairs;
+  columns.base_rows = rows;
+  columns.x = source.x.const_data_ptr();
+  columns.x_stride = source.x.stride(0);
+  columns.rows_per_x = source.rows_per_x;
+  columns.in_features = source.x.size(1);
+  columns.columns = pointer<int32_t>(group.columns);
+  columns.selected = selected.defined() ? selected.const_data_ptr<int32_t>() : nullptr;
+  columns.kept = group.kept();
+  columns.keep = group.prunes_dynamically() ? group.keep : group.kept();
+  columns.masked = masked;
+  const at::Tensor x = call.empty(rows.count(call.pairs), masked ? columns.kept : columns.keep);
+  columns.out = x.data_ptr();
+  columns.out_stride = x.stride(0);
+  check_cuda(kernels::launch_base_columns(columns, call.context.stream()));
+  return {{x, 1}, masked ? at::Tensor() : selected};
+}
+
+// One base for all tokens, by cuBLAS; a gathered copy of its channels is made of so many outputs at a time that it
+// stays small.
+at::Tensor library_product(PairsCall& call, const BaseGroup& group, const BaseInput& input) {
+  const at::Tensor out = call.empty(call.pairs.num_tokens, group.out_features());
+  const at::Tensor weights = group.base.select(0, 0).t();  // [kept, out]
+  at::Tensor result = out;
+  if (!input.selected.defined()) {
+    at::mm_out(result, input.source.x, weights);
+    return out;
+  }
+  const at::Tensor selected = input.selected.select(0, 0);
+  const int64_t bytes_each = std::max<int64_t>(1, group.keep) * weights.element_size();
+  const int64_t strip = std::max<int64_t>(1, kernels::kMostGatheredBytes / bytes_each / 128) * 128;
+  for (int64_t first = 0; first < group.out_features(); first += strip) {
+    const int64_t count = std::min(strip, group.out_features() - first);
+    at::Tensor columns = out.narrow(1, first, count);
+    at::mm_out(columns, input.source.x, at::index_select(weights.narrow(1, first, count), 0, selected));
+  }
+  return out;
+}
+
+kernels::ProductWeights base_weights(const BaseGroup& group, const at::Tensor& selected) {
+  kernels::ProductWeights weights{};
+  weights.data = group.base.const_data_ptr();
+  weights.by_channel = by_channel(group);
+  weights.row_stride = group.base.stride(weights.by_channel ? 2 : 1);
+  weights.group_stride = group.base.stride(0);
+  weights.outputs = group.out_features();
+  weights.channels = selected.defined() ? group.keep : group.kept();
+  weights.channel_list = selected.defined() ? selected.const_data_ptr<int32_t>() : nullptr;
+  weights.stored_channels = group.kept();
+  weights.part = WeightPart::kBase;
+  return weights;
+}
+
+// The bases' products in `out`, with a bias if rows are pairs.
+void multiply_bases(PairsCall& call, const BaseGroup& group, const BaseRows& rows, const BaseInput& input,
+                    const at::Tensor& out, bool with_bias) {
+  GroupedProduct product = product_of(call, rows, true, input.source);
+  product.weights = base_weights(group, input.selected);
+  if (with_bias && group.bias.has_value()) {
+    product.finish.bias = group.bias->const_data_ptr();
+    product.finish.bias_stride = group.bias->stride(0);
+  }
+  run(call, product, out.data_ptr(), out.stride(0), group.out_features(), product.weights.channels);
+}
+
+bool uses_library(const PairsCall& call, const BaseRows& rows) {
+  return rows.kind == BaseRowKind::kTokens && call.pairs.num_tokens >= kernels::kLibraryTokens;
+}
+
+BaseInput prepared_input(PairsCall& call, const BaseGroup& group, const BaseRows& rows, CudaSource source) {
+  source.rows_per_x = rows.kind == BaseRowKind::kTokens ? 1 : source.rows_per_x;  // its rows are tokens, not pairs
+  const bool copies = uses_library(call, rows) && call.pairs.num_tokens < kernels::kGatherTokens;
+  return base_input(call, group, rows, source, copies || !by_channel(group));
+}
+
+kernels::DeltaLists delta_lists(const Delta& delta) {
+  kernels::DeltaLists lists{};
+  lists.rank = delta.rank.const_data_ptr<int32_t>();
+  lists.u_start = delta.u_start.const_data_ptr<int32_t>();
+  lists.v_start = delta.v_start.const_data_ptr<int32_t>();
+  lists.in_features = delta.in_features();
+  lists.pivoted = delta.pivots.has_value();
+  lists.u_rows = delta.u.size(0);
+  lists.v_stored = lists.pivoted ? delta.v.numel() : delta.v.size(0);
+  lists.most_rank = std::min({lists.u_rows, delta.u.size(1), lists.in_features});
+  return lists;
+}
+
+// V x of every pair, times U's scales where it has them: [num_pairs, most_rank], of which each row has its expert's
+// rank.
+at::Tensor inner_products(PairsCall& call, const Delta& delta, const CudaSource& source) {
+  const kernels::DeltaLists lists = delta_lists(delta);
+  constexpr int64_t kAligned = 8;
+  const at::Tensor inner = call.empty(call.pairs.count(), (lists.most_rank + kAligned - 1) / kAligned * kAligned);
+  if (lists.most_rank == 0) {
+    return inner;
+  }
+  CudaSource multiplied = source;
+  if (lists.pivoted) {
+    multiplied = {call.empty(call.pairs.count(), lists.in_features), 1};
+    check_cuda(kernels::launch_rest_of_pivots(
+        {call.type, call.pairs, source.x.const_data_ptr(), source.x.stride(0), source.rows_per_x, lists,
+         pointer<int32_t>(delta.pivots), multiplied.x.data_ptr()},
+        call.context.stream()));
+  }
+  GroupedProduct product = product_of(call, {}, false, multiplied);
+  product.weights.data = delta.v.const_data_ptr();
+  product.weights.eight_bits = delta.v_scale.has_value();
+  product.weights.row_stride = lists.in_features;
+  product.weights.part = lists.pivoted ? WeightPart::kPivotedV : WeightPart::kV;
+  product.weights.lists = lists;
+  if (lists.pivoted) {
+    product.finish.pivots = pointer<int32_t>(delta.pivots);
+    product.finish.whole_x = source.x.const_data_ptr();
+    product.finish.whole_stride = source.x.stride(0);
+    product.finish.whole_rows_per_x = source.rows_per_x;
+  }
+  if (delta.v_scale.has_value()) {
+    product.finish.v_scale = delta.v_scale->const_data_ptr();
+    product.finish.u_scale = delta.u_scale->const_data_ptr();
+  }
+  run(call, product, inner.data_ptr(), inner.stride(0), lists.most_rank, lists.in_features);
+  return inner;
+}
+
+// U of what inner_products gave, ready for whatever is added to it.
+GroupedProduct outer_product(const PairsCall& call, const BaseRows& rows, const Delta& delta, const CudaSource& inner) {
+  GroupedProduct product = product_of(call, rows, false, inner);
+  product.weights.data = delta.u.const_data_ptr();
+  product.weights.eight_bits = delta.u_scale.has_value();
+  product.weights.by_channel = true;
+  product.weights.row_stride = delta.u.size(1);
+  product.weights.outputs = delta.u.size(1);
+  product.weights.part = WeightPart::kU;
+  product.weights.lists = delta_lists(delta);
+  return product;
+}
+
+// Adds base's output and bias, from their column `first` on, to the outputs of `product`, which `out` takes from there.
+void finish_pairs(PairsCall& call, GroupedProduct& product, const BaseGroup& group, const at::Tensor& base_output,
+                  int64_t first, const at::Tensor& out) {
+  product.finish.base_output = element_at(base_output, first);
+  product.finish.base_stride = base_output.stride(0);
+  if (group.bias.has_value()) {
+    product.finish.bias = element_at(*group.bias, first);
+    product.finish.bias_stride = group.bias->stride(0);
+  }
+  void* begin = static_cast<std::byte*>(out.data_ptr()) + first * out.element_size();
+  run(call, product, begin, out.stride(0), product.weights.outputs, product.weights.lists.most_rank);
+}
+
+}  // namespace
+
+PairsCall::PairsCall(const char* op, const at::Tensor& input, const at::Tensor& index, int64_t num_experts)
+    : context(input),
+      options(input.options()),
+      type(element_type(input)),
+      top_k_index(index.contiguous()),
+      pairs(pairs_of(op, top_k_index, num_experts)),
+      op_(op) {}
+
+BaseRows PairsCall::base_rows(const BaseGroup& group, bool per_pair) const {
+  // As many bases as experts: their tokens have nothing in common but by repetition, which only scores would notice.
+  const bool own_bases = group.num_bases() >= group.num_experts() && !group.prunes_dynamically();
+  const BaseRowKind kind = per_pair                 ? BaseRowKind::kPairs
+                           : group.num_bases() == 1 ? BaseRowKind::kTokens
+                           : own_bases              ? BaseRowKind::kPairs
+                                                    : BaseRowKind::kFirst;
+  return {group.expert_to_base.const_data_ptr<int32_t>(), static_cast<int32_t>(group.num_bases()), kind};
+}
+
+SortedGroups PairsCall::sorted_groups(int64_t num_rows, int64_t num_groups) const {
+  TORCH_CHECK(num_groups <= kernels::kMostRowGroups, op_, ": there must be at most ", kernels::kMostRowGroups,
+              " experts and bases on a GPU, got ", num_groups);
+  const int tile_rows = kernels::product_tile_rows(type, many_rows(num_rows, num_groups));
+  const int64_t num_tiles = kernels::most_tiles(num_rows, num_groups, tile_rows);
+  const at::TensorOptions integers = options.dtype(at::kInt);
+  SortedGroups groups{
+      at::empty({num_rows}, integers), at::empty({num_groups + 1}, integers), at::empty({num_tiles, 2}, integers), {}};
+  groups.rows = {groups.order.data_ptr<int32_t>(),
+                 groups.offsets.data_ptr<int32_t>(),
+                 reinterpret_cast<int2*>(groups.tiles.data_ptr<int32_t>()),
+                 tile_rows,
+                 static_cast<int32_t>(num_tiles),
+                 static_cast<int32_t>(num_groups),
+                 num_rows};
+  return groups;
+}
+
+void PairsCall::sort(bool experts, const std::vector<BaseRows>& base_rows) {
+  if (pairs.num_tokens <= kernels::kUnsortedTokens) {
+    return;
+  }
+  std::vector<kernels::RowSort> sorts;
+  if (experts) {
+    experts_ = sorted_groups(pairs.count(), pairs.num_experts);
+    sorts.push_back({experts_->rows, false, {}});
+  }
+  for (const BaseRows& rows : base_rows) {
+    if (rows.kind != BaseRowKind::kTokens && by_base(rows) == nullptr) {
+      bases_.emplace_back(rows, sorted_groups(rows.count(pairs), rows.num_bases));
+      sorts.push_back({bases_.back().second.rows, true, rows});
+    }
+  }
+  if (!sorts.empty()) {
+    check_cuda(kernels::launch_row_sorts(pairs, sorts.data(), static_cast<int>(sorts.size()), context.stream()));
+  }
+}
+
+const kernels::SortedRows* PairsCall::by_base(const BaseRows& rows) const {
+  for (const auto& [sorted, groups] : bases_) {
+    if (sorted.expert_to_base == rows.expert_to_base && sorted.num_bases == rows.num_bases &&
+        sorted.kind == rows.kind) {
+      return &groups.rows;
+    }
+  }
+  return nullptr;
+}
+
+at::Tensor PairsCall::empty(int64_t rows, int64_t width) const { return at::empty({rows, width}, options); }
+
+at::Tensor PairsCall::counters(int64_t count) {
+  if (!counters_.defined() || counters_.numel() < count) {
+    counters_ = at::zeros({std::max(count, kFewCounters)}, options.dtype(at::kInt));
+  }
+  return counters_;
+}
+
+at::Tensor base_products(PairsCall& call, const BaseGroup& group, const BaseRows& rows, const CudaSource& source) {
+  const BaseInput input = prepared_input(call, group, rows, source);
+  if (uses_library(call, rows)) {
+    return library_product(call, group, input);
+  }
+  const at::Tensor out = call.empty(rows.count(call.pairs), group.out_features());
+  multiply_bases(call, group, rows, input, out, false);
+  return out;
+}
+
+void pair_products(PairsCall& call, const BaseGroup& group, const BaseRows& rows, at::ArrayRef<Delta> deltas,
+                   const CudaSource& source, const at::Tensor& out) {
+  if (deltas.empty() && rows.kind == BaseRowKind::kPairs) {
+    multiply_bases(call, group, rows, prepared_input(call, group, rows, source), out, true);
+    return;
+  }
+  const at::Tensor base_output = base_products(call, group, rows, source);
+  int64_t first = 0;
+  for (const Delta& delta : deltas) {
+    const at::Tensor inner = inner_products(call, delta, source);
+    GroupedProduct product = outer_product(call, rows, delta, {inner, 1});
+    finish_pairs(call, product, group, base_output, first, out);
+    first += delta.u.size(1);
+  }
+  if (deltas.empty()) {
+    GroupedProduct nothing = product_of(call, rows, false, {base_output, 1});  // of no channels: only what is added
+    nothing.weights.outputs = group.out_features();
+    finish_pairs(call, nothing, group, base_output, 0, out);
+  }
+}
+
+at::Tensor delta_products(PairsCall& call, const Delta& delta, const CudaSource& source) {
+  const at::Tensor inner = inner_products(call, delta, source), out = call.empty(call.pairs.count(), delta.u.size(1));
+  GroupedProduct product = outer_product(call, {}, delta, {inner, 1});
+  run(call, product, out.data_ptr(), out.stride(0), delta.u.size(1), product.weights.lists.most_rank);
+  return out;
+}
+
+}  // namespace d2moe
