@@ -19,10 +19,20 @@ CUDA_NAME := $(shell cksum < requirements-cuda.txt | cut -d' ' -f1)
 CUDA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/d2moe_ext/cuda-$(CUDA_NAME)
 CUDA_SOURCES := build/cuda
 
+# On a machine with a GPU, with the torch of $(PYTHON), no environment of ours, and no network or git: results go into the
+# folder RESULTS, and COMMIT says what they are of. HEADERS is a folder with what the toolkit lacks, cuBLAS's headers for one.
+# LIMIT is in seconds from here on, the build among them.
+RESULTS ?=
+COMMIT ?=
+HEADERS ?=
+LIMIT ?= 540
+GPU_SOURCES := build/gpu
+STARTED := $(shell date +%s)
+
 # What the quality study is judged by; `make quality JUDGE=test` once options are chosen.
 JUDGE ?= selection
 
-.PHONY: demo quality bench test test-matrix cuda-build-check lint format build clean
+.PHONY: demo quality bench test test-matrix cuda-build-check gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -57,6 +67,9 @@ cuda-build-check: $(CUDA)/.requirements
 	mkdir -p $(CUDA_SOURCES)
 	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(CUDA_SOURCES)
 	cd $(CUDA_SOURCES) && $(CUDA)/bin/python -m tools.cuda_build_check --log ../cuda-build.log
+
+gpu-check:
+	$(PYTHON) -m tools.gpu_check --results "$(RESULTS)" --commit "$(COMMIT)" --headers "$(HEADERS)"
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check $(PYTHON_FILES)
