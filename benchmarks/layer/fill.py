@@ -23,25 +23,26 @@ _DELTA_SHARE = 0.5
 
 
 @cache
-def _pool(dtype: torch.dtype) -> Tensor:
-    return torch.randn(_POOL, generator=torch.Generator().manual_seed(1)).to(dtype)
+def _pool(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(_POOL, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
 def fill_(weight: Tensor, scale: float) -> None:
     """Normal numbers of this standard deviation, the same ones again every 16 million."""
-    pool, flat = _pool(weight.dtype), weight.detach().view(-1)
+    pool, flat = _pool(weight.dtype, weight.device), weight.detach().view(-1)
     for start in range(0, flat.numel(), _POOL):
         part = flat[start : start + _POOL]
         torch.mul(pool[: part.numel()], scale, out=part)
 
 
 @torch.no_grad()
-def plain_experts(view: ExpertsView, dtype: torch.dtype) -> ExpertsView:
+def plain_experts(view: ExpertsView, dtype: torch.dtype, device: str = "cpu") -> ExpertsView:
     """transformers' own experts module of a layer that is on the meta device, in memory and filled."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        module = type(view.module)(view.module.config).requires_grad_(False).eval()
+        with torch.device(device):
+            module = type(view.module)(view.module.config).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
     for parameter in module.parameters():
@@ -50,22 +51,25 @@ def plain_experts(view: ExpertsView, dtype: torch.dtype) -> ExpertsView:
 
 
 @torch.no_grad()
-def compressed_experts(spec: ExpertsSpec, ranks: Mapping[str, Sequence[int]], dtype: torch.dtype) -> D2MoEExperts:
+def compressed_experts(
+    spec: ExpertsSpec, ranks: Mapping[str, Sequence[int]], dtype: torch.dtype, device: str = "cpu"
+) -> D2MoEExperts:
     """A compressed layer of these shapes, filled.
 
     Args:
         spec: its shapes; factors are floating, and expert e belongs to base ``e % K``.
         ranks: by projection, each expert's.
         dtype: of bases and factors.
+        device: where it is made; its numbers are the same everywhere.
     """
-    module = D2MoEExperts(spec, None, dtype=dtype)
+    module = D2MoEExperts(spec, None, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(2)
     for group in GROUPS:
         base = getattr(module, f"{group}_base")
         fill_(base, 1 / math.sqrt(base.shape[2]))
         columns = base.shape[2]
         spread = torch.rand(columns, generator=generator).mul(2).sub(1).mul(math.log(_COLUMN_RANGE)).exp()
-        base.mul_((spread / spread.square().mean().sqrt()).to(dtype))
+        base.mul_((spread / spread.square().mean().sqrt()).to(device, dtype))
         if hasattr(module, f"{group}_columns"):
             inputs = spec.shape_of(group)[1]
             for row in getattr(module, f"{group}_columns"):
@@ -79,9 +83,9 @@ def compressed_experts(spec: ExpertsSpec, ranks: Mapping[str, Sequence[int]], dt
     return module
 
 
-def from_plan(plan: LayerPlan, spec: ExpertsSpec, dtype: torch.dtype) -> D2MoEExperts:
+def from_plan(plan: LayerPlan, spec: ExpertsSpec, dtype: torch.dtype, device: str = "cpu") -> D2MoEExperts:
     """The compressed layer of a plan."""
-    return compressed_experts(spec, plan.ranks, dtype)
+    return compressed_experts(spec, plan.ranks, dtype, device)
 
 
 def _fill_delta(module: D2MoEExperts, name: str, ranks: Sequence[int], generator: torch.Generator) -> None:

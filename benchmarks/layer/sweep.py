@@ -66,12 +66,13 @@ def _measure_layer(
     plain = [c for c in plain_contenders(view) if sweep.wants(c.name)]
     wanted = [variant for variant in VARIANTS if any(map(sweep.wants, _names(variant)))]
     for group, variants in enumerate(groups_of(shape, wanted, getattr(torch, dtype).itemsize, memory)):
-        contenders = plain + [c for variant in variants for c in _compressed(sweep, shape, variant, dtype)]
+        contenders = plain + [c for variant in variants for c in variant_contenders(shape, variant, dtype)]
+        contenders = [c for c in contenders if sweep.wants(c.name)]
         for tokens in sweep.tokens:
             progress(f"{shape}, {dtype}, {tokens} tokens: {len(contenders)} contenders")
             inputs = make_inputs(view.layout, top_k_of(shape), tokens, getattr(torch, dtype))
             rows = measure_cell(contenders, inputs, setting)
-            yield [{"shape": shape, "group": group} | row | _origin(row["layer"]) for row in rows]
+            yield [{"shape": shape, "group": group} | row | origin(row["layer"]) for row in rows]
         del contenders
 
 
@@ -106,14 +107,14 @@ def _names(variant: Variant) -> list[str]:
     return [layer, f"{layer}, dynamic", f"{layer}, loop"]
 
 
-def _compressed(sweep: Sweep, shape: str, variant: Variant, dtype: str) -> list[Contender]:
+def variant_contenders(shape: str, variant: Variant, dtype: str, device: str = "cpu") -> list[Contender]:
+    """Everyone who computes one compressed layer, in memory and filled."""
     plan = layer_plan(shape, *variant)
-    module = from_plan(plan, spec_of(plan, layer_view(shape)), getattr(torch, dtype))
-    contenders = compressed_contenders(module, f"{variant[0]} {variant[1]}", loop=variant in LOOPS)
-    return [c for c in contenders if sweep.wants(c.name)]
+    module = from_plan(plan, spec_of(plan, layer_view(shape)), getattr(torch, dtype), device)
+    return compressed_contenders(module, f"{variant[0]} {variant[1]}", loop=variant in LOOPS)
 
 
-def _origin(layer: str) -> dict[str, Any]:
+def origin(layer: str) -> dict[str, Any]:
     """Preset and ratio of a row's layer."""
     preset, _, ratio = layer.partition(" ")
     return {"preset": preset, "ratio": float(ratio)} if ratio else {"preset": None, "ratio": None}

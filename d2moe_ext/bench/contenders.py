@@ -59,16 +59,23 @@ class Contender:
 
 
 def make_inputs(
-    layout: ExpertsLayout, top_k: int, tokens: int, dtype: torch.dtype, count: int = 3, seed: int = 0
+    layout: ExpertsLayout,
+    top_k: int,
+    tokens: int,
+    dtype: torch.dtype,
+    count: int = 3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[Routed, ...]:
-    """``count`` random inputs for one layer; every expert is as likely as any other, which touches the most of them."""
+    """``count`` random inputs for one layer; every expert is as likely as any other, which touches the most of them.
+    They are the same ones on every device."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for _ in range(count):
         hidden_states = torch.randn(tokens, layout.hidden_size, generator=generator).to(dtype)
         index = torch.rand(tokens, layout.num_experts, generator=generator).topk(top_k).indices
         weights = torch.randn(tokens, top_k, generator=generator).softmax(dim=-1).to(dtype)
-        inputs.append(Routed(hidden_states, index, weights))
+        inputs.append(Routed(*(value.to(device) for value in (hidden_states, index, weights))))
     return tuple(inputs)
 
 

@@ -9,17 +9,17 @@ against them.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from d2moe_ext.bench.costs import Cost
+from d2moe_ext.bench.timing import SecondsOf, wall_seconds
 
 READ_BYTES = 2**30
 # Tokens, outputs, inputs. Of these and four larger ones the best differed by less than 3 % on an EPYC with AVX-512 (110 GFLOP/s
@@ -54,6 +54,35 @@ class Floors:
         return asdict(self)
 
 
+class Ruler(Protocol):
+    """What contenders are held against: operations that are timed beside them, and the floors that follow."""
+
+    @property
+    def floors(self) -> Floors:
+        """As they were before any contender ran."""
+
+    def runs(self, dtype: str) -> dict[str, Callable[[object], object]]:
+        """Operations to be timed in every round."""
+
+    def floors_of(self, seconds: Mapping[str, Sequence[float]], dtype: str) -> Floors:
+        """The floors of some rounds."""
+
+
+@dataclass(frozen=True)
+class KnownFloors:
+    """Floors that were measured before, of a machine that is nobody else's: nothing is timed beside the contenders."""
+
+    floors: Floors
+
+    def runs(self, dtype: str) -> dict[str, Callable[[object], object]]:
+        """None."""
+        return {}
+
+    def floors_of(self, seconds: Mapping[str, Sequence[float]], dtype: str) -> Floors:
+        """Those that are known."""
+        return self.floors
+
+
 @dataclass(frozen=True)
 class Gauge:
     """An operation that goes as fast as the machine does.
@@ -84,8 +113,8 @@ class Gauges:
 
     @torch.no_grad()
     def __init__(self, dtypes: Iterable[str]) -> None:
-        self._read = _fastest(_reads(READ_BYTES))
-        self._products = {dtype: _fastest(_products(getattr(torch, dtype), GEMM_SHAPES)) for dtype in dict.fromkeys(dtypes)}
+        self._read = fastest(reads(READ_BYTES))
+        self._products = {dtype: fastest(products(getattr(torch, dtype), GEMM_SHAPES)) for dtype in dict.fromkeys(dtypes)}
 
     @property
     def floors(self) -> Floors:
@@ -105,42 +134,46 @@ class Gauges:
         return Floors(bandwidth, self._read.name, {dtype: rate}, torch.get_num_threads())
 
 
-def _reads(read_bytes: int) -> Iterator[Gauge]:
+def reads(read_bytes: int, device: str = "cpu", seconds_of: SecondsOf = wall_seconds) -> Iterator[Gauge]:
     """Reductions, whose rate depends on how well torch vectorises each of them, and a matrix-vector product."""
-    floats = torch.ones(read_bytes // 4)
+    floats = torch.ones(read_bytes // 4, device=device)
     width = min(4096, floats.numel())
     matrix = floats[: floats.numel() // width * width].view(-1, width)
-    vector = torch.ones(width)
-    reads: dict[str, Callable[[], Tensor]] = {
+    vector = torch.ones(width, device=device)
+    ways: dict[str, Callable[[], Tensor]] = {
         "sum of float32": lambda: floats.sum(),
         "sum of int64": lambda: floats.view(torch.int64).sum(),
         "largest of float32": lambda: floats.amax(),
         "largest of int32": lambda: floats.view(torch.int32).amax(),
         "matrix-vector product in float32": lambda: matrix @ vector,
     }
-    for name, read in reads.items():
-        yield Gauge(name, 4 * matrix.numel(), read, best_seconds(read))
+    for name, read in ways.items():
+        yield Gauge(name, 4 * matrix.numel(), read, best_seconds(read, seconds_of=seconds_of))
 
 
-def _products(dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]]) -> Iterator[Gauge]:
+def products(
+    dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]], device: str = "cpu", seconds_of: SecondsOf = wall_seconds
+) -> Iterator[Gauge]:
+    """Matrix products of tokens, outputs and inputs, with weights in either layout."""
     for tokens, out, inputs in shapes:
         # Random numbers: a processor may run faster on ones.
-        x, weight = torch.rand(tokens, inputs).to(dtype), torch.rand(out, inputs).to(dtype)
+        x, weight = (torch.rand(rows, inputs, device=device).to(dtype) for rows in (tokens, out))
         by_column = weight.t().contiguous()
         for run in (partial(functional.linear, x, weight), partial(torch.mm, x, by_column)):
-            yield Gauge(f"product of {tokens}, {out}, {inputs}", 2.0 * tokens * out * inputs, run, best_seconds(run))
+            yield Gauge(
+                f"product of {tokens}, {out}, {inputs}",
+                2.0 * tokens * out * inputs,
+                run,
+                best_seconds(run, seconds_of=seconds_of),
+            )
 
 
-def _fastest(gauges: Iterable[Gauge]) -> Gauge:
+def fastest(gauges: Iterable[Gauge]) -> Gauge:
+    """The one of the highest rate."""
     return max(gauges, key=lambda gauge: gauge.rate)
 
 
-def best_seconds(run: Callable[[], object], repeats: int = _REPEATS) -> float:
+def best_seconds(run: Callable[[], object], repeats: int = _REPEATS, seconds_of: SecondsOf = wall_seconds) -> float:
     """The least of ``repeats`` times, after one that is not counted."""
     run()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(seconds_of("", run) for _ in range(repeats))

@@ -12,21 +12,31 @@ import torch
 from torch import Tensor
 
 from d2moe_ext.bench.contenders import Contender, Routed
-from d2moe_ext.bench.floors import Floors, Gauges
-from d2moe_ext.bench.timing import Budget, quartiles, time_contenders
+from d2moe_ext.bench.floors import Floors, Ruler
+from d2moe_ext.bench.timing import Budget, SecondsOf, quartiles, time_contenders, wall_seconds
 
-WRONG = "wrong"
+WRONG, FAILED = "wrong", "failed"
 # Columns of the widest projection that is measured, to a power of two.
 _LONGEST_SUM = 2**14
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells of a measurement share."""
+    """What all cells of a measurement share.
 
-    gauges: Gauges
+    Attributes:
+        gauges: what floors are measured with.
+        budget: how many rounds.
+        flush: called before each timed call.
+        seconds_of: how a call is timed.
+        failures_are_rows: whether an operator of our own that fails gives a row with a note; else it ends the measurement.
+    """
+
+    gauges: Ruler
     budget: Budget
     flush: Callable[[], None]
+    seconds_of: SecondsOf = wall_seconds
+    failures_are_rows: bool = False
 
 
 def tolerance(dtype: torch.dtype, dynamic: bool) -> float:
@@ -60,12 +70,13 @@ def measure_cell(contenders: Sequence[Contender], inputs: Sequence[Routed], sett
         inputs: taken in turn, all of one size.
         setting: what floors are measured with, rounds and the cache flush.
     """
-    notes, errors = _check(contenders, inputs[0])
+    notes, errors = _check(contenders, inputs[0], setting.failures_are_rows)
     runs: dict[str, Callable[[Routed], object]] = {c.name: c.run for c in contenders if notes[c.name] is None}
     seconds: dict[str, list[float]] = {}
     dtype, floors = _dtype(inputs), setting.gauges.floors
     if runs:
-        seconds = time_contenders(runs, inputs, setting.budget, setting.flush, setting.gauges.runs(dtype))
+        always = setting.gauges.runs(dtype)
+        seconds = time_contenders(runs, inputs, setting.budget, setting.flush, always, setting.seconds_of)
         floors = setting.gauges.floors_of(seconds, dtype)
     best = min(
         (c.name for c in contenders if c.kind == "hf" and c.name in seconds),
@@ -97,7 +108,9 @@ def _dtype(inputs: Sequence[Routed]) -> str:
     return str(inputs[0].hidden_states.dtype).removeprefix("torch.")
 
 
-def _check(contenders: Sequence[Contender], routed: Routed) -> tuple[dict[str, str | None], dict[str, float]]:
+def _check(
+    contenders: Sequence[Contender], routed: Routed, failures_are_rows: bool
+) -> tuple[dict[str, str | None], dict[str, float]]:
     """By name: why it is not timed, or None; its relative error."""
     notes: dict[str, str | None] = {}
     errors: dict[str, float] = {}
@@ -109,21 +122,32 @@ def _check(contenders: Sequence[Contender], routed: Routed) -> tuple[dict[str, s
         try:
             output = c.run(routed)
         except RuntimeError as error:
-            if c.kind != "hf":
+            if c.kind != "hf" and not failures_are_rows:
                 raise
-            notes[c.name] = f"failed: {error}"  # an implementation that this machine or layer is not made for
+            notes[c.name] = _failure(error)  # an implementation that this machine or layer is not made for
             continue
         reference = c.reference
         if reference is None:
             expected[c.name] = output
             continue
-        if reference.name not in expected:
-            expected[reference.name] = reference.run(routed)
+        try:
+            if reference.name not in expected:
+                expected[reference.name] = reference.run(routed)
+        except RuntimeError as error:
+            if not failures_are_rows:
+                raise
+            notes[c.name] = f"not compared: {reference.name} {_failure(error)}"
+            continue
         errors[c.name] = relative_error(output, expected[reference.name])
         limit = tolerance(routed.hidden_states.dtype, c.dynamic)
         if errors[c.name] > limit:
             notes[c.name] = f"{WRONG}: differs from {reference.name} by {errors[c.name]:.1e}, more than {limit:.1e}"
     return notes, errors
+
+
+def _failure(error: RuntimeError) -> str:
+    """Its first line: torch goes on with lists of everything that it could have done."""
+    return f"{FAILED}: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 def _floor(contender: Contender, inputs: Sequence[Routed], floors: Floors) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,8 @@ import torch
 from d2moe_ext.bench.machine import last_level_cache
 
 Inputs = TypeVar("Inputs")
+# From a contender's name and a call of it to the seconds that the call takes.
+SecondsOf = Callable[[str, Callable[[], object]], float]
 
 CACHES_READ = 4
 _LEAST_FLUSH = 32 * 2**20
@@ -58,6 +61,13 @@ class CacheFlush:
         self._buffer.sum()
 
 
+def wall_seconds(name: str, run: Callable[[], object]) -> float:
+    """By the clock on the wall, which is right for what runs on the CPU."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
 # A contender that takes so many times as long as the fastest is not run beyond the least rounds: its time is known well
 # enough, and the others would have fewer rounds for it.
 SLOW = 8.0
@@ -69,6 +79,7 @@ def time_contenders(
     budget: Budget,
     flush: Callable[[], None],
     always: Mapping[str, Callable[[Inputs], object]],
+    seconds_of: SecondsOf = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each of its rounds; the slow ones have only the first rounds.
 
@@ -78,13 +89,14 @@ def time_contenders(
         budget: how many rounds.
         flush: called before each timed call.
         always: timed beside them in every round, whatever it takes; not counted as a contender.
+        seconds_of: how a call is timed.
     """
     first = min(max(budget.least, len(inputs)), budget.repeats)
-    seconds = time_rounds(dict(runs) | dict(always), inputs, first, flush)
+    seconds = time_rounds(dict(runs) | dict(always), inputs, first, flush, seconds_of=seconds_of)
     medians = {name: statistics.median(seconds[name]) for name in runs}
     quick = {name: run for name, run in runs.items() if medians[name] <= SLOW * min(medians.values())}
     rounds = budget.rounds(sum(medians[name] for name in quick), len(inputs))
-    more = time_rounds(quick | dict(always), inputs, max(0, rounds - first), flush, first)
+    more = time_rounds(quick | dict(always), inputs, max(0, rounds - first), flush, first, seconds_of)
     return {name: times + more.get(name, []) for name, times in seconds.items()}
 
 
@@ -94,6 +106,7 @@ def time_rounds(
     rounds: int,
     flush: Callable[[], None],
     first: int = 0,
+    seconds_of: SecondsOf = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round; round i, counted from ``first``, takes ``inputs[i % len(inputs)]``.
 
@@ -109,9 +122,7 @@ def time_rounds(
             given = inputs[turn % len(inputs)]
             for name in names if turn % 2 == 0 else reversed(names):
                 flush()
-                started = time.perf_counter()
-                runs[name](given)
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(seconds_of(name, partial(runs[name], given)))
     finally:
         if collecting:
             gc.enable()
