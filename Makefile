@@ -32,7 +32,7 @@ STARTED := $(shell date +%s)
 # What the quality study is judged by; `make quality JUDGE=test` once options are chosen.
 JUDGE ?= selection
 
-.PHONY: demo quality bench test test-matrix cuda-build-check gpu-check lint format build clean
+.PHONY: demo quality bench test test-matrix cuda-build-check gpu-check gpu-bench lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -70,6 +70,13 @@ cuda-build-check: $(CUDA)/.requirements
 
 gpu-check:
 	$(PYTHON) -m tools.gpu_check --results "$(RESULTS)" --commit "$(COMMIT)" --headers "$(HEADERS)"
+
+# Goes on where an earlier run of the same commit, GPU and torch stopped.
+gpu-bench:
+	@test -n "$(RESULTS)" -a -n "$(COMMIT)" || { echo "gpu-bench: RESULTS and COMMIT must be given." >&2; exit 2; }
+	$(PYTHON) -m tools.gpu_build --headers "$(HEADERS)"
+	cd $(GPU_SOURCES) && $(PYTHON) -m benchmarks.gpu --results "$(abspath $(RESULTS))" --commit "$(COMMIT)" \
+		--limit $(LIMIT) --started $(STARTED)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu import EMULATED
 
+from benchmarks.layer import shapes
 from d2moe_ext import _native
 from d2moe_ext.cli import main
 from tools import emulated
@@ -74,3 +75,18 @@ def compressed_directory(tiny_directory: Path, tiny_text: Path, tmp_path_factory
     ]
     assert main([*arguments, *cli_helpers.QUICK]) == 0
     return out
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The benchmark's first model at sizes that take no time."""
+    family, settings = shapes._MODELS["Mixtral-8x7B"]
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(shapes, "_MODELS", {"Mixtral-8x7B": (family, settings | small)})
+    cached = (shapes._model, shapes.shapes_of, shapes.layer_plan)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()

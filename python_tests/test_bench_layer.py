@@ -212,21 +212,6 @@ def test_groups_fit_into_memory():
     assert sweep.groups_of(shape, [], 4, plain) == [[]]
 
 
-@pytest.fixture
-def tiny_shapes(monkeypatch):
-    """The benchmark's first model at sizes that take no time."""
-    family, settings = shapes._MODELS["Mixtral-8x7B"]
-    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    monkeypatch.setattr(shapes, "_MODELS", {"Mixtral-8x7B": (family, settings | small)})
-    cached = (shapes._model, shapes.shapes_of, shapes.layer_plan)
-    for function in cached:
-        function.cache_clear()
-    yield
-    for function in cached:
-        function.cache_clear()
-
-
 def test_sweep(tiny_shapes):
     lines = []
     wanted = sweep.Sweep(["Mixtral-8x7B"], ["bfloat16"], [1, 9])
