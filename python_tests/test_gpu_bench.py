@@ -12,6 +12,8 @@ from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import ceilings, jobs, layers, operators, whitened
 from benchmarks.gpu.jobs import GpuLostError, Job, all_jobs, resume, run_jobs
 from benchmarks.gpu.timing import GRAPH, L2Flush, Stopwatch
+from benchmarks.performance.gpu import gpu_section
+from benchmarks.performance.records import read_gpu_records
 from d2moe_ext.bench.timing import Budget, wall_seconds
 from tools import gpu_record
 
@@ -136,6 +138,23 @@ def test_the_most_telling_rows_come_first(watch):
     assert sum("whitened_svd" in name for name in names) == len(whitened.STACKS)
 
 
+@pytest.mark.usefixtures("tiny_shapes")
+def test_the_page_shows_what_is_measured(watch, monkeypatch, tmp_path):
+    monkeypatch.setattr(whitened, "STACKS", ((2, 12, 8),))
+    monkeypatch.setattr(operators, "CASES", operators.CASES[:2])
+    monkeypatch.setattr(layers, "cells", lambda: [("Mixtral-8x7B", 1)])
+    monkeypatch.setattr(layers, "FIRST_SHAPES", ("Mixtral-8x7B",))
+    record = record_of() | {"rows": []}
+    path = tmp_path / "gpu-bench-some-gpu.json"
+    assert run_jobs(all_jobs(watch), record, path, lambda: 1e6, lambda name: None, lambda: None) == []
+    text = gpu_section(read_gpu_records(tmp_path), tmp_path)
+    assert "failed" not in text
+    for line in ("| gram_update_, bfloat16", "| fisher_merge_, bfloat16", "| whitened_svd, float32, 2 of 12 x 8", "| eager |"):
+        assert line in text
+    assert "| 1 token, throughput 0.6: at least 1.5 times as fast as the best HF contender | Mixtral-8x7B |" in text
+    assert "| throughput 0.4, dynamic, graph |" in text
+
+
 class Jobs:
     """Jobs by name and the seconds that they take on a clock of their own."""
 
@@ -170,8 +189,8 @@ def test_what_was_measured_is_kept(tmp_path):
     assert first.run(path, started(path)) == ["c"]
     assert first.done == ["ceilings", "a", "b"]
     rows = json.loads(path.read_text())["rows"]
-    assert rows[0] == {"job": "ceilings", "kind": "ceilings", "copy": 1.0}
-    assert rows[1:3] == [{"job": "a", "kind": "operator", "a": 1}, {"job": "a", "kind": "operator", "a": 2}]
+    assert rows[0] == {"job": "ceilings", "table": "ceilings", "copy": 1.0}
+    assert rows[1:3] == [{"job": "a", "table": "operator", "a": 1}, {"job": "a", "table": "operator", "a": 2}]
     second = Jobs(limit=30.0, ceilings=5, a=10, b=10, c=10)
     assert second.run(path, started(path)) == []
     assert second.done == ["c"]
@@ -221,7 +240,7 @@ def test_a_job_that_fails_has_a_row(tmp_path):
     some = failing(Jobs(ceilings=1, a=1, b=1), "CUDA out of memory. Tried to\nallocate")
     assert some.run(path, started(path)) == []
     rows = json.loads(path.read_text())["rows"]
-    assert rows[1] == {"job": "a", "kind": "operator", "note": "failed: CUDA out of memory. Tried to"}
+    assert rows[1] == {"job": "a", "table": "operator", "note": "failed: CUDA out of memory. Tried to"}
     assert some.done == ["ceilings", "b"]
 
 

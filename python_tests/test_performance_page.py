@@ -6,11 +6,14 @@ import json
 
 import pytest
 from bench_helpers import layer_row, record
+from gpu_records import bench_record, check_record, gpu_layer_row
 
 from benchmarks.performance import __main__ as program
 from benchmarks.performance.claims import all_verdicts
+from benchmarks.performance.gpu import gpu_section
+from benchmarks.performance.gpu_claims import layer_verdicts
 from benchmarks.performance.page import page, write_page
-from benchmarks.performance.records import read_records, rows_of
+from benchmarks.performance.records import read_gpu_records, read_records, rows_of
 
 LAYER = [
     layer_row("eager", share_of_floor=0.4, median_ms=20.0),
@@ -122,7 +125,8 @@ def save(folder, name, value):
 
 
 def run_program(monkeypatch, folder):
-    monkeypatch.setattr("sys.argv", ["performance", "--results", str(folder), "--write", str(folder / "page.md")])
+    options = ["--results", str(folder), "--gpu-results", str(folder / "gpu"), "--write", str(folder / "page.md")]
+    monkeypatch.setattr("sys.argv", ["performance", *options])
     return program.main()
 
 
@@ -134,6 +138,14 @@ def test_program(tmp_path, monkeypatch, capsys):
     save(tmp_path, "b.json", {key: value for key, value in model.items() if key not in ("kind", "floors", "versions")})
     assert run_program(monkeypatch, tmp_path) == 0
     assert "## Whole models" in (tmp_path / "page.md").read_text()
+    assert "No GPU was at hand so far." in (tmp_path / "page.md").read_text()
+    (tmp_path / "gpu").mkdir()
+    assert run_program(monkeypatch, tmp_path) == 0
+    save(tmp_path / "gpu", "gpu-check-some-gpu.json", check_record())
+    assert run_program(monkeypatch, tmp_path) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "### Checked on Some GPU" in text
+    assert "No GPU was at hand" not in text
 
 
 @pytest.mark.parametrize(
@@ -150,3 +162,96 @@ def test_records_that_cannot_stand_on_one_page(tmp_path, value, message):
     save(tmp_path, "b.json", value)
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path)
+
+
+def line_of(text, start):
+    (found,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return found
+
+
+def test_no_gpu_so_far(tmp_path):
+    text = gpu_section([], tmp_path)
+    assert line_of(text, "column_select") == "| column_select | built and loaded, not yet run |"
+    assert line_of(text, "moe_forward") == "| moe_forward | not written |"
+
+
+def test_gpu_check(tmp_path):
+    text = gpu_section([check_record()], tmp_path)
+    assert "- commit 0123456789, 2026-01-31\n- Some GPU: compute capability 9.0, 80 GiB, driver 1.2" in text
+    assert line_of(text, "column_select") == "| column_select | ran | 2 passed |"
+    assert line_of(text, "gram_update_") == "| gram_update_ | ran | **1 passed, 1 failed: failed** |"
+    assert line_of(text, "moe_forward") == "| moe_forward | not written | none |"
+    assert line_of(text, "build").startswith("| build | passed |")
+    assert line_of(text, "memcheck") == "| memcheck | passed | ERROR SUMMARY: 0 errors |"
+    assert line_of(text, "racecheck") == "| racecheck | **failed** | not found: compute-sanitizer |"
+    assert "did not come to its end" not in text
+    broken = check_record(steps=[], tests=[], operators={}, complete=False)
+    text = gpu_section([broken], tmp_path)
+    assert line_of(text, "column_select") == "| column_select | not run | **none: not run** |"
+    assert "**The check did not come to its end.**" in text
+
+
+def test_gpu_bench(tmp_path):
+    (tmp_path / "gpu.md").write_text("What was learnt.\n")
+    text = gpu_section([check_record(), bench_record()], tmp_path)
+    assert text.index("### Checked on Some GPU") < text.index("### Measured on Some GPU") < text.index("What was learnt.")
+    assert "3,000 GB/s copied, bytes read and written; 2,900 GB/s read (sum of float32); products at 800 TFLOP/s" in text
+    assert line_of(text, "gram_update_, a") == (
+        "| gram_update_, a | 0.500 | 65% of the rate of products in bfloat16 | at least 60% of the ceiling | holds |"
+    )
+    assert line_of(text, "column_select, b") == ("| column_select, b | 0.0200 | 20.0 µs | at most 15 µs | **does not hold** |")
+    assert line_of(text, "whitened_svd, c").endswith("| at least 10 times as fast as the loop | holds |")
+    assert "12.0 times as fast as the loop, error 1.0001 times the best" in text
+    assert line_of(text, "fisher_merge_, d") == "| fisher_merge_, d | – | – | – | failed: no memory |"
+    assert "#### Mixtral-8x7B, bfloat16" in text
+    assert line_of(text, "throughput 0.6, dynamic, graph") == "| throughput 0.6, dynamic, graph | 2.00 · 1.00× · 0.80 |"
+    assert "- batched_mm, 1 token: failed: too large" in text
+    assert "| throughput 0.6, dynamic | 1 · 0.00100 |" in text
+    assert "- layer, Qwen3-30B-A3B, 1: failed: lost" in text
+
+
+def gpu_claim(rows, part):
+    (found,) = [verdict for verdict in layer_verdicts(rows) if part in verdict.claim]
+    return found.holds, found.numbers
+
+
+def test_claims_on_layers_take_the_faster_way():
+    rows = [
+        gpu_layer_row("eager", median_ms=9.0),
+        gpu_layer_row("batched_mm", median_ms=5.0),
+        gpu_layer_row("batched_mm, graph", median_ms=4.0),
+        gpu_layer_row("throughput 0.6", median_ms=1.0),
+        gpu_layer_row("throughput 0.6, dynamic", median_ms=8.0, share_of_floor=0.2),
+        gpu_layer_row("throughput 0.6, dynamic, graph", median_ms=2.0),
+        gpu_layer_row("uncompressed", median_ms=4.3),
+        gpu_layer_row("performance 0.6", median_ms=None, note="failed: no kernel"),
+    ]
+    expected = "2.00 (throughput 0.6, dynamic, graph against batched_mm, graph)"
+    assert gpu_claim(rows, "throughput 0.6: at least 1.5") == (True, expected)
+    assert gpu_claim(rows, "performance 0.6: at least 1.15") == (False, "performance 0.6: failed: no kernel")
+    reached = "0 of 1; least 0.93 (uncompressed against batched_mm, graph), 1 token"
+    assert gpu_claim(rows, "at most 5% slower") == (False, reached)
+    faster = [*rows[:6], gpu_layer_row("uncompressed", median_ms=4.19)]
+    assert gpu_claim(faster, "at most 5% slower")[0]
+    assert gpu_claim(faster, "floor / 0.75") == (True, "3 of 3; least 0.80 (throughput 0.6)")
+    assert gpu_claim(rows, "floor / 0.75") == (False, "3 of 4; least 0.00 (performance 0.6)")
+    assert gpu_claim(rows, "every output")[0]
+    wrong = [*rows, gpu_layer_row("performance 0.4", median_ms=None, note="wrong: differs")]
+    assert gpu_claim(wrong, "every output") == (False, "performance 0.4, 1 token")
+    others = [row | {"shape": "other"} for row in rows]
+    assert not [verdict for verdict in layer_verdicts(others) if "times as fast" in verdict.claim]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{", "gpu-x.json must be JSON"),
+        ({"kind": "layer"}, "gpu-x.json must be of the kind gpu-check or gpu-bench, got 'layer'."),
+        ({"kind": "gpu-bench", "rows": []}, "gpu-x.json must have the entries date, commit, gpu, versions, rows, got none"),
+    ],
+)
+def test_gpu_records_that_are_none(tmp_path, value, message):
+    assert read_gpu_records(tmp_path / "none") == read_gpu_records(tmp_path) == []
+    save(tmp_path, "gpu-x.json", value)
+    with pytest.raises(ValueError, match=message):
+        read_gpu_records(tmp_path)

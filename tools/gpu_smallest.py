@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from d2moe_ext import ops
+from tools.gpu_verdicts import NO_KERNEL
 
 # Its tests' random layers.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 from moe_forward_cases import Layer, make_layer
 
-RAN, NO_KERNEL, FAILED = "ran", "no CUDA kernel", "failed: "
+RAN, FAILED = "ran", "failed: "
 _FORWARD = (torch.float32, torch.bfloat16, torch.float16)
 _FLOATS = (*_FORWARD, torch.float64)
 # Off every power of two, so that the edges of blocks are met.

@@ -27,6 +27,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     FORWARD: tuple(name for name in OPERATORS if name.startswith(FORWARD)),
 }
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+# As tools.gpu_smallest prints it.
+NO_KERNEL = "no CUDA kernel"
 SANITIZER_ERROR = 99
 _MESSAGE = 500
 

@@ -135,7 +135,7 @@ def run_jobs(
 
 def _add_rows(job: Job, found: Row, rows: list[Row], still_there: Callable[[], object]) -> str | None:
     """The rows of a job, one with a note where it failed; what the GPU says where it is lost."""
-    about = {"job": job.name, "kind": job.kind.partition(" ")[0]}
+    about = {"job": job.name, "table": job.kind.partition(" ")[0]}
     try:
         more = job.measure(found)
         still_there()
@@ -155,7 +155,7 @@ def _add_rows(job: Job, found: Row, rows: list[Row], still_there: Callable[[], o
 
 def _ceilings(rows: Iterable[Row]) -> Row:
     """Empty where they were not measured yet."""
-    return next((row for row in rows if row["kind"] == ceilings.KIND), {})
+    return next((row for row in rows if row["table"] == ceilings.KIND), {})
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.layer.growth import TOLERATED, Size, exponents
 from benchmarks.performance.claims import all_verdicts, counted
+from benchmarks.performance.gpu import gpu_section
 from benchmarks.performance.records import GROWTH, LAYER, Row, rows_of
-from d2moe_ext import ops
+from benchmarks.performance.tables import digits, layer_cell, remarks, table, verdicts_table
 
 NOTES = Path(__file__).parent / "notes"
 _HEADER = """# Performance
@@ -25,7 +26,9 @@ the same weights where they compute the same layer, with cold caches and several
 fit into memory together, each group ran with transformers' own beside it; the first group's are shown."""
 
 
-def write_page(records: Sequence[dict[str, Any]], path: Path, notes: Path = NOTES) -> None:
+def write_page(
+    records: Sequence[dict[str, Any]], path: Path, notes: Path = NOTES, gpu_records: Sequence[dict[str, Any]] = ()
+) -> None:
     """Write the page to ``path`` and its plots into the folder beside it that has its name."""
     # Drawing needs matplotlib, which only the optional installation "study" brings.
     from benchmarks.performance.plots import draw_growth, draw_layers
@@ -39,16 +42,22 @@ def write_page(records: Sequence[dict[str, Any]], path: Path, notes: Path = NOTE
             file = folder / f"{kind}.png"
             draw({"kind": kind, "rows": rows}, file)
             images[kind] = f"![{kind}]({file.relative_to(path.parent).as_posix()})"
-    path.write_text(page(records, images, notes), encoding="utf-8")
+    path.write_text(page(records, images, notes, gpu_records), encoding="utf-8")
 
 
-def page(records: Sequence[dict[str, Any]], images: dict[str, str], notes: Path = NOTES) -> str:
+def page(
+    records: Sequence[dict[str, Any]],
+    images: dict[str, str],
+    notes: Path = NOTES,
+    gpu_records: Sequence[dict[str, Any]] = (),
+) -> str:
     """The page as Markdown.
 
     Args:
         records: as :func:`benchmarks.performance.records.read_records` gives them.
         images: by kind, as Markdown.
         notes: the folder of the notes.
+        gpu_records: as :func:`benchmarks.performance.records.read_gpu_records` gives them.
     """
     layers, growth = rows_of(records, LAYER), rows_of(records, GROWTH)
     sections = [_HEADER, _note(notes, "introduction"), _origins(records)]
@@ -60,19 +69,13 @@ def page(records: Sequence[dict[str, Any]], images: dict[str, str], notes: Path 
     models = [record for record in records if record["kind"] not in (LAYER, GROWTH)]
     if models:
         sections += ["## Whole models", *(_any_table(record["rows"]) for record in models), _note(notes, "models")]
-    sections.append(_gpu())
+    sections.append(gpu_section(gpu_records, notes))
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _note(folder: Path, name: str) -> str:
     file = folder / f"{name}.md"
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]], rule: str = "---:") -> str:
-    """A Markdown table; ``rule`` aligns all columns but the first."""
-    rules = ["---", *[rule] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rules, *lines))
 
 
 def _origins(records: Sequence[dict[str, Any]]) -> str:
@@ -91,19 +94,14 @@ def _origins(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _claims(rows: list[Row]) -> str:
-    lines = [
-        [verdict.claim, verdict.shape, verdict.numbers, "holds" if verdict.holds else "**does not hold**"]
-        for verdict in all_verdicts(rows)
-    ]
-    head = ["claim", "shape", "rows that reach it; the farthest", ""]
-    return "## What holds\n\n" + _table(head, lines, "---")
+    return "## What holds\n\n" + verdicts_table(all_verdicts(rows))
 
 
 def _layer_tables(rows: list[Row]) -> list[str]:
     sections = []
     for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in rows):
         found = [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
-        sections.append(f"### {shape}, {dtype}\n\n{_layer_table(found)}{_remarks(found)}")
+        sections.append(f"### {shape}, {dtype}\n\n{_layer_table(found)}{remarks(found)}")
     return sections
 
 
@@ -113,32 +111,14 @@ def _layer_table(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: row["group"]):
         first.setdefault((row["contender"], row["tokens"]), row)
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    lines = [[name, *(_cell(first.get((name, count))) for count in tokens)] for name in names]
+    lines = [[name, *(layer_cell(first.get((name, count))) for count in tokens)] for name in names]
     lines.append(["*floors: GB/s · GFLOP/s*", *(_rates(first.get((names[0], count))) for count in tokens)])
-    return _table(["contender", *(f"{counted(count)}" for count in tokens)], lines)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None or row["median_ms"] is None:
-        return "–"
-    speed = "–" if row["speed_over_hf"] is None else f"{row['speed_over_hf']:.2f}×"
-    return f"{_digits(row['median_ms'])} · {speed} · {row['share_of_floor']:.2f}"
+    return table(["contender", *(f"{counted(count)}" for count in tokens)], lines)
 
 
 def _rates(row: Row | None) -> str:
     """What the machine gave in the rounds of a cell."""
     return "–" if row is None else f"{row['bandwidth'] / 1e9:.0f} · {row['rate'] / 1e9:,.0f}"
-
-
-def _digits(value: float) -> str:
-    """Three digits, more before the point where there are."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
-
-
-def _remarks(rows: list[Row]) -> str:
-    """Why cells are empty."""
-    notes = dict.fromkeys(f"- {row['contender']}, {counted(row['tokens'])}: {row['note']}" for row in rows if row["note"])
-    return "\n\n" + "\n".join(notes) if notes else ""
 
 
 def _growth(rows: list[Row]) -> str:
@@ -156,7 +136,7 @@ def _growth(rows: list[Row]) -> str:
 Each size swept with the rest fixed ({fixed}; *kept* is the share of the base's columns that is stored), time and
 floor fitted to `c · size^a`. An exponent more than {TOLERATED:g} above the floor's is marked.
 
-{_table(head, lines)}"""
+{table(head, lines)}"""
 
 
 def _fixed(rows: list[Row]) -> dict[str, float]:
@@ -169,28 +149,17 @@ def _fixed(rows: list[Row]) -> dict[str, float]:
     return fixed
 
 
-def _gpu() -> str:
-    """What is known of each operator on a GPU; results of a GPU will say more once there are some."""
-    lines = [[name, "built and loaded, not yet run"] for name in sorted(ops.__all__)]
-    return f"""## On a GPU
-
-No GPU was at hand so far. `make cuda-build-check` compiles for sm_80 and sm_90, loads what came of it and looks for spilled
-registers.
-
-{_table(["operator", "CUDA kernel"], lines, "---")}"""
-
-
 def _any_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of whatever fields."""
     head = list(dict.fromkeys(key for row in rows for key in row))
-    return _table([name.replace("_", " ") for name in head], [[_any(row.get(name)) for name in head] for row in rows])
+    return table([name.replace("_", " ") for name in head], [[_any(row.get(name)) for name in head] for row in rows])
 
 
 def _any(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return _digits(value)
+        return digits(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value).replace("|", "\\|")
