@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu import ceilings, layers, operators, whitened
 from benchmarks.gpu.timing import Stopwatch
-from d2moe_ext.bench.layer import FAILED
+from d2moe_ext.bench.layer import failure
 from tools.gpu_record import write_atomically
 
 Row = dict[str, Any]
@@ -129,7 +129,7 @@ def run_jobs(
         longest[job.kind] = max(longest.get(job.kind, 0.0), time.monotonic() - started)
         write_atomically(path, record)
         if lost is not None:
-            raise GpuLostError(f"The GPU must answer after {job.name}, got {lost}.")
+            raise GpuLostError(f"The GPU must answer after {job.name}, but it {lost}.")
     return left
 
 
@@ -139,15 +139,14 @@ def _add_rows(job: Job, found: Row, rows: list[Row], still_there: Callable[[], o
     try:
         more = job.measure(found)
         still_there()
-    except RuntimeError as error:
+    except Exception as error:  # the GPU's time is short: what else there is to measure is measured
         if job.kind == ceilings.KIND:
             raise  # there is nothing to hold anything against
-        message = _first_line(error)
-        rows.append(about | {"note": f"{FAILED}: {message}"})
+        rows.append(about | {"note": failure(error)})
         try:
             still_there()
-        except RuntimeError:
-            return message
+        except RuntimeError as lost:
+            return failure(lost)
         return None
     rows += [about | row for row in more]
     return None
@@ -156,8 +155,3 @@ def _add_rows(job: Job, found: Row, rows: list[Row], still_there: Callable[[], o
 def _ceilings(rows: Iterable[Row]) -> Row:
     """Empty where they were not measured yet."""
     return next((row for row in rows if row["table"] == ceilings.KIND), {})
-
-
-def _first_line(error: RuntimeError) -> str:
-    """Torch goes on with lists of everything that it could have done."""
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

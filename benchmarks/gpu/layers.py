@@ -66,9 +66,10 @@ class Layers:
         assert self._layout is not None  # _make
         watch = self._watch
         inputs = make_inputs(self._layout, top_k_of(shape), tokens, getattr(torch, DTYPE), device=watch.device)
-        contenders = [*self._contenders, *self._in_graphs(inputs)]
         setting = Setting(floors_from(ceilings), BUDGET, watch.flush, watch.contender_seconds, failures_are_rows=True)
-        rows = [{"shape": shape} | row | origin(row["layer"]) for row in measure_cell(contenders, inputs, setting)]
+        found = measure_cell([*self._contenders, *self._in_graphs(inputs)], inputs, setting)
+        rows = [{"shape": shape} | row | origin(row["layer"]) for row in found]
+        self._release()
         return [{name: value for name, value in row.items() if name not in _ONLY_ON_CPU} for row in rows]
 
     def _in_graphs(self, inputs: tuple[Routed, ...]) -> list[Contender]:
@@ -92,6 +93,10 @@ class Layers:
     def free(self) -> None:
         """Let go of the layers that are held."""
         self._shape, self._layout, self._contenders = None, None, []
+        self._release()
+
+    def _release(self) -> None:
+        """Give back the memory of what is gone, a graph's among it: a later graph cannot take it over."""
         gc.collect()
         if self._watch.device == "cuda":
             torch.cuda.empty_cache()

@@ -121,7 +121,7 @@ def measure_operator(case: Case, ceilings: dict[str, Any], watch: Stopwatch) -> 
     row |= {"note": None, "share": None, "median_ms": None}
     if prepared.error > _LIMIT:
         return row | {"note": f"{WRONG}: differs from its reference by {prepared.error:.1e}, more than {_LIMIT:.1e}"}
-    run = watch.record(prepared.run) if case.graph else prepared.run
+    run = watch.record([prepared.run])[0] if case.graph else prepared.run
     times = time_rounds({case.name: lambda _: run()}, [None], ROUNDS, watch.flush, seconds_of=watch.queued)[case.name]
     low, middle, high = quartiles(times)
     row |= {"median_ms": 1e3 * middle, "low_ms": 1e3 * low, "high_ms": 1e3 * high, "rounds": len(times)}

@@ -50,8 +50,16 @@ def waited_seconds(name: str, run: Callable[[], object]) -> float:
     return queued_seconds(name, run)
 
 
-def record_graph(run: Callable[[], object]) -> Callable[[], object]:
-    """A call that replays what ``run`` launches, and gives the tensors that it gave."""
+def record_graphs(runs: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """Calls that replay what each of ``runs`` launches, and give the tensors that it gave.
+
+    Their graphs share the memory of intermediate results: they may be replayed in any order, but not at once.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    return [_record_graph(run, pool) for run in runs]
+
+
+def _record_graph(run: Callable[[], object], pool: Any) -> Callable[[], object]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     # Once before: what an operator sets up at its first call cannot be recorded.
@@ -59,7 +67,7 @@ def record_graph(run: Callable[[], object]) -> Callable[[], object]:
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = run()
 
     def replay() -> object:
@@ -77,7 +85,7 @@ class Stopwatch:
         device: where tensors are.
         flush: empties the caches.
         waited, queued: as at the head of this file.
-        record: from a call to one that replays it.
+        record: from calls to ones that replay them.
         memory: bytes that the device has.
     """
 
@@ -85,7 +93,7 @@ class Stopwatch:
     flush: Callable[[], None]
     waited: SecondsOf
     queued: SecondsOf
-    record: Callable[[Callable[[], object]], Callable[[], object]]
+    record: Callable[[Sequence[Callable[[], object]]], list[Callable[[], object]]]
     memory: int
 
     def contender_seconds(self, name: str, run: Callable[[], object]) -> float:
@@ -98,7 +106,8 @@ class Stopwatch:
 
         def run(routed: Routed) -> Any:
             if not graphs:
-                graphs.update({id(given): self.record(partial(contender.run, given)) for given in inputs})
+                replays = self.record([partial(contender.run, given) for given in inputs])
+                graphs.update({id(given): replay for given, replay in zip(inputs, replays, strict=True)})
             return graphs[id(routed)]()
 
         return replace(contender, name=f"{contender.name}{GRAPH}", run=run, reference=contender.reference or contender)
@@ -107,4 +116,4 @@ class Stopwatch:
 def gpu_stopwatch() -> Stopwatch:
     """Of the first GPU."""
     memory = torch.cuda.get_device_properties(0).total_memory
-    return Stopwatch("cuda", L2Flush(), waited_seconds, queued_seconds, record_graph, memory)
+    return Stopwatch("cuda", L2Flush(), waited_seconds, queued_seconds, record_graphs, memory)

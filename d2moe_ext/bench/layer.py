@@ -29,7 +29,8 @@ class Setting:
         budget: how many rounds.
         flush: called before each timed call.
         seconds_of: how a call is timed.
-        failures_are_rows: whether an operator of our own that fails gives a row with a note; else it ends the measurement.
+        failures_are_rows: whether a contender that fails, whatever it is and however it does, gives a row with a note; else an
+            operator of our own that fails ends the measurement.
     """
 
     gauges: Ruler
@@ -112,6 +113,7 @@ def _check(
     contenders: Sequence[Contender], routed: Routed, failures_are_rows: bool
 ) -> tuple[dict[str, str | None], dict[str, float]]:
     """By name: why it is not timed, or None; its relative error."""
+    tolerated: type[Exception] = Exception if failures_are_rows else RuntimeError
     notes: dict[str, str | None] = {}
     errors: dict[str, float] = {}
     expected: dict[str, Tensor] = {}
@@ -121,10 +123,10 @@ def _check(
             continue
         try:
             output = c.run(routed)
-        except RuntimeError as error:
+        except tolerated as error:
             if c.kind != "hf" and not failures_are_rows:
                 raise
-            notes[c.name] = _failure(error)  # an implementation that this machine or layer is not made for
+            notes[c.name] = failure(error)  # an implementation that this machine or layer is not made for
             continue
         reference = c.reference
         if reference is None:
@@ -133,10 +135,10 @@ def _check(
         try:
             if reference.name not in expected:
                 expected[reference.name] = reference.run(routed)
-        except RuntimeError as error:
+        except tolerated as error:
             if not failures_are_rows:
                 raise
-            notes[c.name] = f"not compared: {reference.name} {_failure(error)}"
+            notes[c.name] = f"not compared: {reference.name} {failure(error)}"
             continue
         errors[c.name] = relative_error(output, expected[reference.name])
         limit = tolerance(routed.hidden_states.dtype, c.dynamic)
@@ -145,9 +147,10 @@ def _check(
     return notes, errors
 
 
-def _failure(error: RuntimeError) -> str:
-    """Its first line: torch goes on with lists of everything that it could have done."""
-    return f"{FAILED}: {next(iter(str(error).splitlines()), type(error).__name__)}"
+def failure(error: Exception) -> str:
+    """A note's text: the first line, as torch goes on with lists of everything that it could have done."""
+    message = next(iter(str(error).splitlines()), "")
+    return f"{FAILED}: {message}" if isinstance(error, RuntimeError) else f"{FAILED}: {type(error).__name__}: {message}"
 
 
 def _floor(contender: Contender, inputs: Sequence[Routed], floors: Floors) -> dict[str, Any]:
