@@ -62,12 +62,22 @@ def toolkit() -> Path:
     return Path(found[0]).resolve() if found else home
 
 
-def wheel_headers() -> list[str]:
-    """cuBLAS and cuSOLVER headers of the NVIDIA wheels that torch brings; a toolkit may lack them."""
+def wheel_folders(name: str) -> list[str]:
+    """``include`` or ``lib`` of the NVIDIA wheels that torch brings: cuBLAS and cuSOLVER, which a toolkit may lack."""
     import site
 
-    folders = {Path(folder) / "nvidia" for folder in [*site.getsitepackages(), site.getusersitepackages()]}
-    return [str(path) for folder in sorted(folders) for path in sorted(folder.glob("cu*/include")) if path.is_dir()]
+    packages = {*site.getsitepackages(), site.getusersitepackages(), str(Path(torch.__file__).resolve().parent.parent)}
+    found = [path for folder in sorted(packages) for path in sorted((Path(folder) / "nvidia").glob(f"cu*/{name}"))]
+    return [str(path) for path in found if path.is_dir()]
+
+
+def cusolver(folders: list[str]) -> str:
+    """The linker's flag for cuSOLVER. torch's libraries bring cuBLAS to the linker but not this one, and in a wheel it
+    has no name without a version."""
+    found = [path.name for folder in folders for path in sorted(Path(folder).glob("libcusolver.so*"))]
+    if not found:
+        raise SystemExit(f"A CUDA build needs cuSOLVER, of a CUDA toolkit or of torch's wheels, got none in {folders}.")
+    return f"-l:{found[0]}"
 
 
 def extension():
@@ -76,15 +86,17 @@ def extension():
     sources = sorted(path for path in CSRC.rglob("*.cpp") if cuda or not path.stem.endswith("_cuda"))
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     compile_args = {"cxx": ["-O3", "-Wall", "-Wno-unknown-pragmas", *openmp]}
-    include_dirs, library_dirs = [str(CSRC), str(write_build_info())], []
+    include_dirs, library_dirs, libraries = [str(CSRC), str(write_build_info())], [], []
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         sources += sorted(CSRC.rglob("*.cu"))
         compile_args["nvcc"] = ["-O3"]
         compile_args["cxx"].append("-DD2MOE_WITH_CUDA")
         # Before the wheels' headers, some of which include what only a toolkit has.
-        include_dirs += [str(toolkit() / "include"), *wheel_headers()]
+        include_dirs += [str(toolkit() / "include"), *wheel_folders("include")]
         library_dirs += [str(toolkit() / name) for name in ("lib64", "lib") if (toolkit() / name).is_dir()]
+        library_dirs += wheel_folders("lib")
+        libraries.append(cusolver(library_dirs))
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         "d2moe_ext._C",
@@ -92,7 +104,7 @@ def extension():
         include_dirs=include_dirs,
         library_dirs=library_dirs,
         extra_compile_args=compile_args,
-        extra_link_args=openmp,
+        extra_link_args=[*openmp, *libraries],
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,30 @@ def check_build(info: dict[str, Any], csrc: Path, torch_version: str) -> None:
         raise ImportError(f"d2moe_ext._C is older than the sources in csrc; build it again: {BUILD_COMMAND}")
 
 
+def load_cusolver(torch_folder: Path) -> None:
+    """Load the cuSOLVER of the wheels beside torch, if there are any: older releases of torch do so only at their first use
+    of it, and the system's loader does not look into wheels."""
+    for path in sorted((torch_folder.parent / "nvidia").glob("cu*/lib/libcusolver.so.*")):
+        ctypes.CDLL(str(path))
+        return
+
+
+def import_extension() -> Any:
+    """``_C``, or the ImportError that says why not."""
+    try:
+        return importlib.import_module("d2moe_ext._C")
+    except ImportError as error:
+        if "libcusolver.so" not in str(error):
+            raise
+    load_cusolver(Path(torch.__file__).resolve().parent)
+    return importlib.import_module("d2moe_ext._C")
+
+
 def load() -> Any:
     """Import ``_C``, which registers the operators of ``torch.ops.d2moe_ext``."""
     try:
-        import d2moe_ext._C as _C
-    except ImportError as error:
+        _C = import_extension()
+    except (ImportError, OSError) as error:
         raise ImportError(f"d2moe_ext._C could not be loaded ({error}); build it: {BUILD_COMMAND}") from error
     check_build(_C.build_info(), Path(__file__).resolve().parent.parent / "csrc", torch.__version__)
     return _C

@@ -109,7 +109,7 @@ def test_cuda_is_built_where_torch_and_toolkit_have_it_unless_told_not_to(
     assert setup_namespace["with_cuda"]() is expected
 
 
-def test_a_cuda_build_takes_every_source_and_the_headers_of_the_wheels(setup_namespace, monkeypatch, tmp_path):
+def test_a_cuda_build_takes_every_source_and_the_headers_and_cusolver_of_the_wheels(setup_namespace, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     home, real = tmp_path / "home", tmp_path / "toolkit"
     (home / "bin").mkdir(parents=True)
@@ -120,18 +120,50 @@ def test_a_cuda_build_takes_every_source_and_the_headers_of_the_wheels(setup_nam
     monkeypatch.setattr(cpp_extension, "CUDAExtension", lambda name, sources, **options: (name, sources, options))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     (tmp_path / "nvidia" / "cu13" / "include").mkdir(parents=True)
+    (tmp_path / "nvidia" / "cu13" / "lib").mkdir()
+    (tmp_path / "nvidia" / "cu13" / "lib" / "libcusolver.so.12").write_bytes(b"")
     monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr("torch.__file__", str(tmp_path / "torch" / "__init__.py"))
     _, sources, options = setup_namespace["extension"]()
     csrc = ROOT / "csrc"
     assert set(sources) == {path.relative_to(ROOT).as_posix() for end in ("*.cpp", "*.cu") for path in csrc.rglob(end)}
     headers = options["include_dirs"]
     assert headers.index(str(real / "include")) < headers.index(str(tmp_path / "nvidia" / "cu13" / "include"))
-    assert options["library_dirs"] == [str(real / "lib")]
+    assert options["library_dirs"] == [str(real / "lib"), str(tmp_path / "nvidia" / "cu13" / "lib")]
+    assert "-l:libcusolver.so.12" in options["extra_link_args"]
     assert "-DD2MOE_WITH_CUDA" in options["extra_compile_args"]["cxx"]
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0+PTX"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
     setup_namespace["extension"]()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
+
+
+def test_cusolver_is_the_toolkits_where_it_has_one(setup_namespace, tmp_path):
+    for folder, name in (("toolkit", "libcusolver.so"), ("wheel", "libcusolver.so.12")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"")
+    folders = [str(tmp_path / folder) for folder in ("empty", "toolkit", "wheel")]
+    assert setup_namespace["cusolver"](folders) == "-l:libcusolver.so"
+    with pytest.raises(SystemExit, match=r"^A CUDA build needs cuSOLVER, of a CUDA toolkit or of torch's wheels, got none"):
+        setup_namespace["cusolver"](folders[:1])
+
+
+def test_cusolver_is_loaded_from_the_wheels_where_torch_has_not(monkeypatch, tmp_path):
+    library = tmp_path / "nvidia" / "cu13" / "lib" / "libcusolver.so.12"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"")
+    loaded = []
+
+    def import_module(name):
+        if not loaded:
+            raise ImportError("libcusolver.so.12: cannot open shared object file: No such file or directory")
+        return name
+
+    monkeypatch.setattr("torch.__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr("ctypes.CDLL", loaded.append)
+    monkeypatch.setattr("importlib.import_module", import_module)
+    assert _native.import_extension() == "d2moe_ext._C"
+    assert loaded == [str(library)]
 
 
 def test_a_cpu_build_of_torch_never_builds_cuda_of_itself(setup_namespace, monkeypatch):
