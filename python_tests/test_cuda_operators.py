@@ -8,7 +8,7 @@ from gpu import DEVICE
 from test_column_select import FORWARD, assert_selected
 from test_fisher_merge import FLOATS, assert_merged
 from test_gram_update import assert_updated, random_symmetric
-from test_whitened_svd import KINDS, SHAPES, assert_optimal, random_gram
+from test_whitened_svd import KINDS, SHAPES, assert_entries_are_independent, assert_optimal, random_gram
 
 from d2moe_ext import ops
 
@@ -140,6 +140,41 @@ def test_whitened_svd(shape, kind):
         for rank in (0, 1, min(m, n)):
             assert_optimal(delta, rank, gram, None, svd_on_gpu)
             assert_optimal(delta, rank, gram, left_gram, svd_on_gpu)
+
+
+@pytest.mark.parametrize(("m", "n"), [*SHAPES, (40, 30)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_whitened_svd_of_entries_that_differ(m, n):
+    assert_entries_are_independent(m, n, svd_on_gpu)
+
+
+@pytest.mark.parametrize(("m", "n"), [(700, 600), (600, 700)])  # above what is done in one call for the stack
+@pytest.mark.parametrize("kind", ["none", "full", "few tokens"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_whitened_svd_of_large_matrices(m, n, kind):
+    generator = torch.Generator().manual_seed(6)
+    delta = torch.randn(2, m, n, generator=generator)
+    gram, left_gram = (random_gram(kind, 2, size, torch.float32, generator) for size in (n, m))
+    assert_optimal(delta, 100, gram, left_gram, svd_on_gpu)
+    assert_optimal(delta, 0, gram, None, svd_on_gpu)
+
+
+def test_whitened_svd_of_more_than_is_worked_on_at_a_time():
+    generator = torch.Generator("cuda").manual_seed(7)
+    delta = torch.randn(1200, 300, 260, generator=generator, device="cuda")  # some 340 of them are
+    x = torch.randn(1200, 400, 260, generator=generator, device="cuda")
+    gram = x.mT @ x
+    del x
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    together = ops.whitened_svd(delta, 20, gram)
+    results = sum(value.nbytes for value in together)
+    assert torch.cuda.max_memory_allocated() - before - results <= 4 << 30
+    for b in (0, 339, 340, 600, 1199):
+        alone = ops.whitened_svd(delta[b : b + 1], 20, gram[b : b + 1])
+        torch.testing.assert_close(together[0][b] @ together[1][b], alone[0][0] @ alone[1][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[2][b], alone[2][0], rtol=1e-9, atol=0)
 
 
 def test_whitened_svd_refuses_what_is_not_finite():

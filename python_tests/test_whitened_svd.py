@@ -270,6 +270,44 @@ def test_a_hopeless_gram_is_refused_in_both_forms(m, n, side):
         ops.whitened_svd(delta, 2, **{side: gram})
 
 
+def assert_entries_are_independent(m: int, n: int, run=ops.whitened_svd) -> None:
+    """A stack in which Grams of no token, Grams that need more ridge and ordinary ones take turns, against each entry alone."""
+    generator = torch.Generator().manual_seed(14)
+    ordinary = [random_gram("full", 12, size, torch.float64, generator) for size in (n, m)]
+    gram, left_gram = ordinary
+    inner, excess = (gram, 5e-5) if n <= m else (left_gram, 0.5)  # of the side that is factored
+    inner[0::3] = 0
+    inner[1::3] = correlated(inner.size(1), 1 + excess)
+    delta = torch.randn(12, m, n, generator=generator, dtype=torch.float64)
+    together = run(delta, 3, gram, left_gram)
+    assert together[3].tolist() == pytest.approx([0.0, 1e-4, 1e-6] * 4 if n <= m else [1e-6] * 12, rel=1e-12, abs=0)
+    for b in range(12):
+        alone = ops.whitened_svd(delta[b : b + 1], 3, gram[b : b + 1], left_gram[b : b + 1])
+        torch.testing.assert_close(together[0][b] @ together[1][b], alone[0][0] @ alone[1][0], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(together[2][b], alone[2][0], rtol=0, atol=1e-7 * alone[2].max().item())
+    assert_optimal(delta, 3, gram, left_gram, run)
+
+
+@pytest.mark.parametrize(("m", "n"), [*SHAPES, (40, 30)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_entries_of_a_stack_are_independent(m, n):
+    assert_entries_are_independent(m, n)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_the_entry_at_fault_is_named(m, n):
+    gram, left_gram = torch.eye(n).expand(7, -1, -1).clone(), torch.eye(m).expand(7, -1, -1).clone()
+    (gram if n <= m else left_gram)[5] = correlated(min(m, n), 3000.0)
+    with pytest.raises(RuntimeError, match="without a Cholesky factor in batch entry 5"):
+        ops.whitened_svd(torch.ones(7, m, n), 1, gram, left_gram)
+    if m != n:
+        gram, left_gram = torch.eye(n).expand(7, -1, -1).clone(), torch.eye(m).expand(7, -1, -1).clone()
+        (left_gram if n <= m else gram)[6] = correlated(max(m, n), 3000.0)
+        delta = torch.randn(7, m, n, generator=torch.Generator().manual_seed(15))
+        with pytest.raises(RuntimeError, match="a negative eigenvalue in batch entry 6"):
+            ops.whitened_svd(delta, 1, gram, left_gram)
+
+
 def test_a_delta_without_energy_is_not_mistaken_for_a_bad_gram():
     # A float32 Gram of few tokens has eigenvalues a little below 0, and this delta meets nothing else.
     generator = torch.Generator().manual_seed(10)

@@ -10,6 +10,8 @@
 //
 //   n <= m:  V of S^T delta^T B delta S,   u = delta S V_r,        v = V_r^T S^-1
 //   m <  n:  Q of L^T delta G delta^T L,   u = L^-T Q_r,           v = Q_r^T L^T delta
+#include "ops/whitened_svd.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -21,15 +23,17 @@
 #include <ATen/ops/linalg_eigvalsh.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <exception>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -38,13 +42,101 @@
 
 namespace d2moe {
 
+namespace whitened {
+
 namespace {
 
-constexpr const char* kOp = "whitened_svd";
-constexpr int kMostRidgeRaises = 3;
-constexpr double kMostRidgeGrowth = 1e3;  // tenfold, three times
+void check_gram(const char* name, const std::optional<at::Tensor>& gram, const at::Tensor& delta, int64_t size) {
+  if (!gram.has_value()) {
+    return;
+  }
+  const int64_t batch = delta.size(0);
+  const bool diagonal = gram->sizes() == at::IntArrayRef({batch, size});
+  const bool full = gram->sizes() == at::IntArrayRef({batch, size, size});
+  TORCH_CHECK(diagonal || full, kOp, ": ", name, " must have shape ", at::IntArrayRef({batch, size, size}), " or ",
+              at::IntArrayRef({batch, size}), ", got ", gram->sizes());
+  TORCH_CHECK(is_compression_dtype(gram->scalar_type()), kOp, ": ", name, " must be float32 or float64, got ",
+              gram->scalar_type());
+  TORCH_CHECK(gram->device() == delta.device(), kOp, ": ", name, " must be on ", delta.device(), " like delta, got ",
+              gram->device());
+}
+
+// The least and the largest of an entry are finite where all of it is, and take no memory of its size.
+void check_finite(const char* name, const std::optional<at::Tensor>& tensor) {
+  if (!tensor.has_value() || tensor->numel() == 0) {
+    return;
+  }
+  std::vector<int64_t> dims(tensor->dim() - 1);
+  std::iota(dims.begin(), dims.end(), 1);
+  const at::Tensor extremes = at::stack({tensor->amin(dims), tensor->amax(dims)}, 1);
+  const at::Tensor finite = at::isfinite(extremes).all(1).cpu();
+  for (int64_t entry = 0; entry < finite.size(0); ++entry) {
+    if (!finite.const_data_ptr<bool>()[entry]) {
+      const at::Tensor values = tensor->select(0, entry);
+      const double first = values.masked_select(at::isfinite(values).logical_not())[0].item<double>();
+      TORCH_CHECK(false, kOp, ": ", name, " must be finite, got ", first, " in batch entry ", entry);
+    }
+  }
+}
+
+}  // namespace
+
+void check_arguments(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
+                     const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
+  D2MOE_CHECK_DIM(kOp, delta, 3);
+  TORCH_CHECK(is_compression_dtype(delta.scalar_type()), kOp, ": delta must be float32 or float64, got ",
+              delta.scalar_type());
+  const int64_t smaller = std::min(delta.size(1), delta.size(2));
+  TORCH_CHECK(0 <= rank && rank <= smaller, kOp, ": rank must be between 0 and min(m, n) = ", smaller, ", got ", rank);
+  TORCH_CHECK(ridge >= 0 && std::isfinite(ridge), kOp, ": ridge must be finite and not negative, got ", ridge);
+  TORCH_CHECK(left_ridge >= 0 && std::isfinite(left_ridge), kOp, ": left_ridge must be finite and not negative, got ",
+              left_ridge);
+  check_gram("gram", gram, delta, delta.size(2));
+  check_gram("left_gram", left_gram, delta, delta.size(1));
+  check_finite("delta", delta);
+  check_finite("gram", gram);
+  check_finite("left_gram", left_gram);
+}
+
+void check_diagonal(const char* name, double smallest, int64_t entry) {
+  TORCH_CHECK(smallest >= 0, kOp, ": ", name, " must have a non-negative diagonal, got ", smallest, " in batch entry ",
+              entry);
+}
+
+void refuse_without_factor(const char* name, double ridge, int64_t entry) {
+  TORCH_CHECK(false, kOp, ": ", name, " must be positive semi-definite up to a ridge of ", ridge,
+              " times its diagonal, got a matrix without a Cholesky factor in batch entry ", entry);
+}
+
+void refuse_negative_eigenvalue(const char* name, double ridge, int64_t entry) {
+  TORCH_CHECK(false, kOp, ": ", name, " must be positive semi-definite up to a ridge of ", kMostRidgeGrowth * ridge,
+              " times its diagonal, got a matrix with a negative eigenvalue in batch entry ", entry);
+}
+
+int half_exponent(double largest) {
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  return std::clamp(exponent / 2, -500, 500);
+}
+
+void balance(at::Tensor& tall, at::Tensor& wide, const at::Tensor& magnitude) {
+  const at::Tensor tall_size = tall.abs().amax(-2);
+  const at::Tensor wide_size = wide.abs().amax(-1);
+  const at::Tensor ratio = (wide_size / tall_size).sqrt();
+  const at::Tensor present = (tall_size > 0) & (wide_size > 0) & ratio.isfinite() & (ratio > 0);
+  const at::Tensor scale = at::where(present, ratio, 1.0);
+  const at::Tensor kept = present.to(at::kDouble) * magnitude;
+  tall = tall * (scale * kept).unsqueeze(-2);
+  wide = wide * (kept / scale).unsqueeze(-1);
+}
+
+}  // namespace whitened
+
+namespace {
+
+using namespace whitened;
+
 constexpr double kMostParallelWorkspace = 4.0 * (1 << 30);
-constexpr int64_t kGramBlockRows = 1024;  // rows of a Gram converted to float64 at a time: 117 MB at n = 14336
 
 // The Gram of one side of one batch entry, divided by 4^exponent so that no product of it can overflow.
 struct SideGram {
@@ -57,13 +149,6 @@ struct SideGram {
   int64_t entry = 0;
 };
 
-// The even power of two next to the largest magnitude, halved: values / 4^exponent stand at about 1, exactly.
-int half_exponent(double largest) {
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  return std::clamp(exponent / 2, -500, 500);
-}
-
 SideGram side_gram(const char* name, const std::optional<at::Tensor>& gram, int64_t entry, double ridge) {
   SideGram side;
   side.name = name;
@@ -75,8 +160,7 @@ SideGram side_gram(const char* name, const std::optional<at::Tensor>& gram, int6
   const at::Tensor diagonal = (stored.dim() == 2 ? stored.diagonal() : stored).to(at::kDouble);
   const double smallest = diagonal.min().item<double>();
   const double largest = diagonal.max().item<double>();
-  TORCH_CHECK(smallest >= 0, kOp, ": ", name, " must have a non-negative diagonal, got ", smallest, " in batch entry ",
-              entry);
+  check_diagonal(name, smallest, entry);
   if (largest == 0) {
     return side;  // no token was seen: every direction counts alike
   }
@@ -113,8 +197,9 @@ at::Tensor factor(SideGram& side) {
     if (info.item<int>() == 0) {
       return lower;
     }
-    TORCH_CHECK(raises < kMostRidgeRaises, kOp, ": ", side.name, " must be positive semi-definite up to a ridge of ",
-                side.ridge, " times its diagonal, got a matrix without a Cholesky factor in batch entry ", side.entry);
+    if (raises == kMostRidgeRaises) {
+      refuse_without_factor(side.name, side.ridge, side.entry);
+    }
     side.ridge *= 10;
   }
 }
@@ -154,20 +239,6 @@ std::tuple<at::Tensor, at::Tensor> largest_eigenvectors(const at::Tensor& symmet
   return {values.flip(0), vectors.slice(1, vectors.size(1) - rank).flip(1)};
 }
 
-// Shares each component's magnitude evenly between its column of `tall` [p, r] and its row of `wide` [r, q], with the
-// factor 4^exponent taken up: neither factor can overflow float32, nor float16 in the checkpoint, unless their product
-// does. A component without magnitude becomes 0.
-void balance(at::Tensor& tall, at::Tensor& wide, int exponent) {
-  const at::Tensor tall_size = tall.abs().amax(0);
-  const at::Tensor wide_size = wide.abs().amax(1);
-  const at::Tensor ratio = (wide_size / tall_size).sqrt();
-  const at::Tensor present = (tall_size > 0) & (wide_size > 0) & ratio.isfinite() & (ratio > 0);
-  const at::Tensor scale = at::where(present, ratio, 1.0);
-  const at::Tensor kept = present.to(at::kDouble) * std::ldexp(1.0, exponent);
-  tall = tall * (scale * kept).unsqueeze(0);
-  wide = wide * (kept / scale).unsqueeze(1);
-}
-
 struct Factors {
   at::Tensor tall;             // [p, rank]
   at::Tensor wide;             // [rank, q]
@@ -184,9 +255,9 @@ Factors decompose(at::Tensor delta, SideGram& inner, const SideGram& outer, int6
   double negative_allowance = 0;
   const at::Tensor product = gram_product(a, outer, negative_allowance);
   const auto [squares, vectors] = largest_eigenvectors(product, rank);
-  TORCH_CHECK(squares[-1].item<double>() >= -negative_allowance, kOp, ": ", outer.name,
-              " must be positive semi-definite up to a ridge of ", kMostRidgeGrowth * outer.ridge,
-              " times its diagonal, got a matrix with a negative eigenvalue in batch entry ", outer.entry);
+  if (!(squares[-1].item<double>() >= -negative_allowance)) {  // NaN too
+    refuse_negative_eigenvalue(outer.name, outer.ridge, outer.entry);
+  }
   Factors factors;
   factors.singular_values =
       squares.clamp_min(0).sqrt().mul_(std::ldexp(1.0, 2 * delta_exponent + inner.exponent + outer.exponent));
@@ -196,67 +267,18 @@ Factors decompose(at::Tensor delta, SideGram& inner, const SideGram& outer, int6
     factors.wide = !s.defined()   ? rows
                    : s.dim() == 1 ? rows / s
                                   : at::linalg_solve_triangular(s, rows, /*upper=*/false, /*left=*/false);
-    balance(factors.tall, factors.wide, delta_exponent);
+    balance(factors.tall, factors.wide, at::scalar_tensor(std::ldexp(1.0, delta_exponent), delta.options()));
   }
   return factors;
 }
 
-void check_gram(const char* name, const std::optional<at::Tensor>& gram, const at::Tensor& delta, int64_t size) {
-  if (!gram.has_value()) {
-    return;
-  }
-  const int64_t batch = delta.size(0);
-  const bool diagonal = gram->sizes() == at::IntArrayRef({batch, size});
-  const bool full = gram->sizes() == at::IntArrayRef({batch, size, size});
-  TORCH_CHECK(diagonal || full, kOp, ": ", name, " must have shape ", at::IntArrayRef({batch, size, size}), " or ",
-              at::IntArrayRef({batch, size}), ", got ", gram->sizes());
-  TORCH_CHECK(is_compression_dtype(gram->scalar_type()), kOp, ": ", name, " must be float32 or float64, got ",
-              gram->scalar_type());
-  TORCH_CHECK(gram->device() == delta.device(), kOp, ": ", name, " must be on ", delta.device(), " like delta, got ",
-              gram->device());
-}
-
-void check_finite(const char* name, const std::optional<at::Tensor>& tensor) {
-  for (int64_t entry = 0; tensor.has_value() && entry < tensor->size(0); ++entry) {
-    const at::Tensor values = tensor->select(0, entry);
-    const at::Tensor finite = at::isfinite(values);
-    if (!finite.all().item<bool>()) {
-      const double first = values.masked_select(finite.logical_not())[0].item<double>();
-      TORCH_CHECK(false, kOp, ": ", name, " must be finite, got ", first, " in batch entry ", entry);
-    }
-  }
-}
-
-void check_arguments(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
-                     const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
-  D2MOE_CHECK_DIM(kOp, delta, 3);
-  TORCH_CHECK(is_compression_dtype(delta.scalar_type()), kOp, ": delta must be float32 or float64, got ",
-              delta.scalar_type());
-  const int64_t smaller = std::min(delta.size(1), delta.size(2));
-  TORCH_CHECK(0 <= rank && rank <= smaller, kOp, ": rank must be between 0 and min(m, n) = ", smaller, ", got ", rank);
-  TORCH_CHECK(ridge >= 0 && std::isfinite(ridge), kOp, ": ridge must be finite and not negative, got ", ridge);
-  TORCH_CHECK(left_ridge >= 0 && std::isfinite(left_ridge), kOp, ": left_ridge must be finite and not negative, got ",
-              left_ridge);
-  check_gram("gram", gram, delta, delta.size(2));
-  check_gram("left_gram", left_gram, delta, delta.size(1));
-  check_finite("delta", delta);
-  check_finite("gram", gram);
-  check_finite("left_gram", left_gram);
-}
-
 // Calls function(entry) for every batch entry: one thread to an entry where the workspace allows, since the eigensolver
 // gains little from a second thread (and with a busy core loses twentyfold to its barriers: 1408 x 1408, 2 cores,
-// 0.9 s alone and 19 s together); otherwise one entry after the other, each on all threads, or on the GPU.
+// 0.9 s alone and 19 s together); otherwise one entry after the other, each on all threads.
 template <typename Function>
 void for_each_entry(const at::Tensor& delta, Function&& function) {
   const int64_t batch = delta.size(0), p = std::max(delta.size(1), delta.size(2));
   const int64_t q = std::min(delta.size(1), delta.size(2));
-  if (!delta.is_cpu()) {
-    for (int64_t entry = 0; entry < batch; ++entry) {
-      function(entry);
-    }
-    return;
-  }
   const double workspace = sizeof(double) * (5.0 * p * q + 6.0 * q * q + 2.0 * kGramBlockRows * p);
   const bool together = workspace * std::min<int64_t>(at::get_num_threads(), batch) <= kMostParallelWorkspace;
   std::vector<std::exception_ptr> errors(batch);  // so that the error raised is the first entry's, not the fastest's
@@ -279,11 +301,9 @@ void for_each_entry(const at::Tensor& delta, Function&& function) {
 
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// On the CPU and on a GPU, where torch's own operators call cuBLAS and cuSOLVER.
-Results whitened_svd(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
-                     const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
+Results whitened_svd_cpu(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
+                         const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
   const at::AutoDispatchBelowAutograd guard;
-  const c10::OptionalDeviceGuard device(delta.device());
   check_arguments(delta, rank, gram, left_gram, ridge, left_ridge);
   const int64_t batch = delta.size(0), m = delta.size(1), n = delta.size(2);
   const auto double_options = delta.options().dtype(at::kDouble);
@@ -317,10 +337,6 @@ TORCH_LIBRARY_FRAGMENT(d2moe_ext, m) {
       "float left_ridge=0.1) -> (Tensor u, Tensor v, Tensor singular_values, Tensor ridge_used)");
 }
 
-TORCH_LIBRARY_IMPL(d2moe_ext, CPU, m) { m.impl("whitened_svd", &whitened_svd); }
-
-#ifdef D2MOE_WITH_CUDA
-TORCH_LIBRARY_IMPL(d2moe_ext, CUDA, m) { m.impl("whitened_svd", &whitened_svd); }
-#endif
+TORCH_LIBRARY_IMPL(d2moe_ext, CPU, m) { m.impl("whitened_svd", &whitened_svd_cpu); }
 
 }  // namespace d2moe
