@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Folders too, whose times change when a source is added or removed.
 NATIVE_SOURCES := $(shell find csrc) setup.py pyproject.toml
-CXX_FILES := $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES := $(shell find csrc benchmarks tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 PYTHON_FILES := d2moe_ext python_tests examples tools setup.py $(wildcard benchmarks)
 
 # The oldest supported releases, in a second environment and a copy of the sources, so that neither build touches the other.
@@ -32,7 +32,7 @@ STARTED := $(shell date +%s)
 # What the quality study is judged by; `make quality JUDGE=test` once options are chosen.
 JUDGE ?= selection
 
-.PHONY: demo quality bench test test-matrix cuda-build-check gpu-check gpu-bench lint format build clean
+.PHONY: demo quality bench test test-matrix cuda-emulated-check cuda-build-check gpu-check gpu-bench lint format build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -60,6 +60,12 @@ test-matrix: $(OLDEST)/.requirements
 	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - --ignore-failed-read | tar -x -C $(OLDEST_SOURCES)
 	cd $(OLDEST_SOURCES) && D2MOE_CUDA=0 $(CURDIR)/$(OLDEST)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	cd $(OLDEST_SOURCES) && $(CURDIR)/$(OLDEST)/bin/python -m pytest
+
+# CUDA kernels on a CPU, thread after thread, through the tests that a GPU would run; needs neither nvcc nor a GPU.
+EMULATED := build/emulated
+cuda-emulated-check: build
+	mkdir -p $(EMULATED)
+	D2MOE_EMULATED_CUDA=$(EMULATED) $(BIN)/python -m pytest -m cuda -q $(shell grep -l 'mark\.cuda' python_tests/test_*.py)
 
 # Compiles for two architectures and loads what came of it; needs nvcc and no GPU.
 cuda-build-check: $(CUDA)/.requirements

@@ -111,7 +111,7 @@ def _empty(view: ExpertsView, num_bases: int, accumulators: _Accumulators) -> La
     weight = view.down_weight(0)
     double: dict[str, Any] = {"dtype": torch.float64, "device": weight.device}
     return LayerStats(
-        expert_to_base=assign_bases(view, num_bases).to(weight.device),
+        expert_to_base=assign_bases(view, num_bases),
         tokens=torch.zeros(experts, dtype=torch.int64, device=weight.device),
         gate_mass=torch.zeros(experts, **double),
         gram_gate_up=accumulators.zeros(experts, hidden, hidden, **double),

@@ -185,8 +185,8 @@ class D2MoEExperts(nn.Module):
             rank = getattr(self, f"{projection}_delta_rank").long()
             u_start, v_start = (getattr(self, f"{projection}_delta_{part}_start").long() for part in ("u", "v"))
             what = f"{name}: {projection}_delta"
-            inputs = self.spec.shape_of(projection)[1]
-            _check_range(f"{what}_rank", rank, min(delta.u_rows, inputs) + 1)
+            outputs, inputs = self.spec.shape_of(projection)
+            _check_range(f"{what}_rank", rank, min(delta.u_rows, outputs, inputs) + 1)
             _check_slices(f"{what}_u_start", u_start, "rank", rank, delta.u_rows)
             if not self.spec.gauge_fixed:
                 _check_slices(f"{what}_v_start", v_start, "rank", rank, delta.v_rows)

@@ -199,8 +199,9 @@ class LayerCompressor:
             scales: per expert ``[r]`` of u and v where these are int8; none where they are floating.
         """
         cost, ranks = self.plan.factor_costs[name], self.plan.ranks[name]
-        rank = torch.tensor(ranks, dtype=torch.int32)
-        elements = torch.tensor([cost.v_elements(r) for r in ranks])
+        device = self.stats.tokens.device
+        rank = torch.tensor(ranks, dtype=torch.int32, device=device)
+        elements = torch.tensor([cost.v_elements(r) for r in ranks], device=device)
         state = {
             "delta_u": torch.cat(rows_u),
             "delta_v": flat_rows(parts_v, cost.inputs),

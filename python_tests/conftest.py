@@ -12,12 +12,13 @@ from gpu import EMULATED
 from benchmarks.layer import shapes
 from d2moe_ext import _native
 from d2moe_ext.cli import main
-from tools import emulated
 
 
 def pytest_configure() -> None:
     """``D2MOE_EMULATED_CUDA=folder`` runs CUDA kernels on the CPU, in place of its own; built in that folder."""
     if EMULATED:
+        from tools import emulated  # which needs the folder of the project on the path
+
         emulated.load(Path(os.environ["D2MOE_EMULATED_CUDA"]).resolve())
 
 

@@ -80,7 +80,7 @@ def test_main(monkeypatch, tmp_path, capsys):
     assert cuda_build_check.main() == 1
     printed = capsys.readouterr()
     assert "sm_80         1        40    1184     16     20  one" in printed.out
-    assert "built and loaded, not run here: column_select; not written yet: " in printed.out
+    assert "built and loaded, not run here: column_select, moe_forward." in printed.out
     assert "must not spill registers, got 20 bytes" in printed.err
     assert (tmp_path / "folder" / "log").read_text() == LOG
     monkeypatch.setattr(

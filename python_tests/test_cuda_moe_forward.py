@@ -117,7 +117,7 @@ def test_results_are_the_same_in_every_run(dtype: torch.dtype) -> None:
 def test_lists_out_of_range_are_left_out(tokens: int, gauge_fixed: bool) -> None:
     """What no index list may hold in a checkpoint: read on a GPU it must neither crash nor spoil another expert's tokens."""
     layer = make_layer(3, tokens=tokens, top_k=1, bases=(2, 2), kept=(0.8, 0.8), keep=(0.8, 0.8), gauge_fixed=gauge_fixed)
-    broken = {name: value for name, value in layer.arguments.items()}
+    broken = dict(layer.arguments)
     for name in ("delta_rank", "delta_u_start", "delta_v_start"):
         broken[name] = [value.clone() for value in layer.arguments[name]]
     for i, wrong in enumerate((10**9, -5, 7)):

@@ -47,7 +47,6 @@ def test_fisher_merge_off_the_vectors_boundary(offset):
     assert_merged(before, (flat[0], flat[1]), flat[2], flat[3], 1.5)
 
 
-@pytest.mark.real_gpu
 @pytest.mark.parametrize("n", [1, 31, 33, 257, 1023, 1025, 2100])
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -159,6 +158,7 @@ def test_whitened_svd_of_large_matrices(m, n, kind):
     assert_optimal(delta, 0, gram, None, svd_on_gpu)
 
 
+@pytest.mark.real_gpu
 def test_whitened_svd_of_more_than_is_worked_on_at_a_time():
     generator = torch.Generator("cuda").manual_seed(7)
     delta = torch.randn(1200, 300, 260, generator=generator, device="cuda")  # some 340 of them are

@@ -98,3 +98,25 @@ def test_two_sided_compression_of_other_layouts(family, ranks):
         compress_experts(model, stats, CompressionConfig(0.15, ranks=ranks, base_sparsity=0.0))
         after = model(input_ids=ids).logits
     assert 0 < float((after - before).norm()) < float(before.norm())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mixtral", {"num_bases": 2}),
+        ("olmoe", {"decomposition": "whitened", "ranks": "uniform"}),
+        ("list_moe", {"factor_dtype": "int8", "gauge_fixed": True}),
+        ("qwen3_moe", {"sequential": True}),
+    ],
+)
+def test_every_tensor_is_made_on_the_models_device(family, options):
+    """Where none is given tensors go to the meta device here, and mixing them with the model's raises: as on a GPU."""
+    model = tiny_model(family)
+    (ids,) = batches(model)
+    config = CompressionConfig(ratio=0.2, base_sparsity=0.3, **options)
+    with torch.device("meta"), torch.no_grad():
+        stats = calibrate(model, [ids], merge=config.merge, num_bases=config.num_bases)
+        compress_experts(model, stats, config, batches=[ids])
+        logits = d2moe_ext.patch_model(model)(input_ids=ids[:1]).logits
+    assert logits.isfinite().all()
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}

@@ -15,16 +15,13 @@ from d2moe_ext import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = ROOT / "tools" / "emulated_cuda"
-# Operators that call what the emulation's cuBLAS does not have.
-LIBRARIES = ("gram_update",)
 NAME = "d2moe_emulated_cuda"
 
 
 def sources() -> list[Path]:
     """Kernels and operators of the GPU, those they share with the CPU, and the emulator."""
     csrc = ROOT / "csrc"
-    own = [path for path in (*csrc.rglob("*_cuda.cu"), *csrc.rglob("*_cuda.cpp")) if not path.name.startswith(LIBRARIES)]
-    return [*sorted(own), *sorted(EMULATED.glob("*.cpp"))]
+    return sorted([*csrc.rglob("*_cuda.cu"), *csrc.rglob("*_cuda.cpp"), *EMULATED.glob("*.cpp")])
 
 
 def load(folder: Path) -> None:

@@ -25,10 +25,13 @@ _FORWARD = (torch.float32, torch.bfloat16, torch.float16)
 _FLOATS = (*_FORWARD, torch.float64)
 # Off every power of two, so that the edges of blocks are met.
 _ROWS, _COLUMNS = 5, 131
-# The ways in which a layer can be stored and pruned.
+# The ways in which a layer can be stored and pruned, and numbers of tokens that are multiplied in different ways.
 _LAYERS: tuple[dict, ...] = (
     {},
-    {"kept": (0.6, 0.6), "keep": (0.6, 0.6)},
+    {"tokens": 3, "kept": (0.6, 0.6), "keep": (0.6, 0.6)},
+    {"tokens": 20, "kept": (0.6, 0.6), "keep": (0.6, 0.6)},
+    {"bases": (2, 2), "kept": (0.6, 0.6), "keep": (0.6, 0.6)},
+    {"tokens": 150, "bases": (4, 2)},
     {"deltas": "none", "bases": (4, 4)},
     {"deltas": "joint", "gauge_fixed": True, "bias": True},
     {"int8": True, "sentinels": True},
@@ -74,9 +77,17 @@ def _on(device: str, value: object) -> object:
 
 
 def layers(device: str) -> list[Layer]:
-    """Small layers of every kind and dtype."""
-    made = [make_layer(seed, dtype=dtype, **how) for seed, how in enumerate(_LAYERS) for dtype in _FORWARD]
-    return [Layer({name: _on(device, value) for name, value in layer.arguments.items()}, layer.gated) for layer in made]
+    """Small layers of every kind and dtype; bases that are pruned by the batch lie channel by channel."""
+    made = []
+    for seed, how in enumerate(_LAYERS):
+        for dtype in _FORWARD:
+            layer = make_layer(seed, dtype=dtype, **how)
+            arguments = {name: _on(device, value) for name, value in layer.arguments.items()}
+            for name in ("gate_up_base", "down_base"):
+                if "keep" in how:
+                    arguments[name] = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
+            made.append(Layer(arguments, layer.gated))
+    return made
 
 
 def _moe_forward(device: str) -> None:

@@ -11,15 +11,16 @@ from benchmarks.performance.gpu_claims import layer_verdicts, operator_aim
 from benchmarks.performance.records import GPU_BENCH, GPU_CHECK, Row
 from benchmarks.performance.tables import digits, layer_cell, remarks, table, verdicts_table
 from d2moe_ext import ops
-from tools.cuda_build_check import MISSING
 from tools.gpu_verdicts import GROUPS, NO_KERNEL, PASSED
 
 Record = dict[str, Any]
 _BUILT = "built and loaded, not yet run"
 _NOTHING_YET = """## On a GPU
 
-No GPU was at hand so far. `make cuda-build-check` compiles for sm_80 and sm_90, loads what came of it and looks for spilled
-registers.
+No GPU was at hand so far: none of this has run on one. `make cuda-build-check` compiles for sm_80 and sm_90, loads what came
+of it and looks for spilled registers; `make cuda-emulated-check` runs the kernels on a CPU, thread after thread, through the
+operators' tests, which says nothing of their speed, of memory order, or of what cuBLAS and cuSOLVER answer. `make gpu-check`
+and `make gpu-bench` have not run either.
 
 """
 _CHECKED = """`make gpu-check` built the extension for this GPU, ran the tests that need one, and called every operator on
@@ -41,7 +42,7 @@ def gpu_section(records: Sequence[Record], notes: Path) -> str:
         notes: the folder of the notes; ``gpu.md`` is added where there is one.
     """
     if not records:
-        lines = [[name, "not written" if name in MISSING else _BUILT] for name in sorted(ops.__all__)]
+        lines = [[name, _BUILT] for name in sorted(ops.__all__)]
         return _NOTHING_YET + table(["operator", "CUDA kernel"], lines, "---")
     sections = ["## On a GPU"]
     names = dict.fromkeys(record["gpu"]["name"] for record in records)

@@ -41,9 +41,9 @@ struct RowsOfBase {
   }
   __device__ int64_t row(int base, int64_t i) const {
     if (order != nullptr) {
-      return order[offsets[base] + i] / rows_per_x;
+      return divide_row(order[offsets[base] + i], rows_per_x);
     }
-    return base_of_row(pairs, base_rows, i) == base ? i / rows_per_x : -1;
+    return base_of_row(pairs, base_rows, i) == base ? divide_row(i, rows_per_x) : -1;
   }
 };
 

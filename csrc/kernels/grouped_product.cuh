@@ -96,7 +96,7 @@ __device__ inline void fill_rows(const ProductArguments& arguments, RowTable<kRo
     const bool has_base =
         is_pair && product.finish.base_output != nullptr && base_of(pairs, product.base_rows, row) >= 0;
     table.row[m] = static_cast<int32_t>(row);
-    table.x_row[m] = row < 0 ? -1 : static_cast<int32_t>(row / product.rows_per_x);
+    table.x_row[m] = row < 0 ? -1 : divide_row(row, product.rows_per_x);
     table.base_row[m] = has_base ? static_cast<int32_t>(base_row_of(pairs, product.base_rows, row)) : -1;
     table.expert[m] = is_pair ? expert_of(pairs, row) : -1;
   }
@@ -176,7 +176,9 @@ __device__ inline void finish_and_store(const GroupedProduct& product, const Row
   if (finish.pivots != nullptr) {
     const int64_t column = finish.pivots[u_start + output];
     const bool exists = 0 <= column && column < product.weights.lists.in_features;
-    value += exists ? at(finish.whole_x, table.row[m] / finish.whole_rows_per_x * finish.whole_stride + column) : 0.0f;
+    value += exists
+                 ? at(finish.whole_x, divide_row(table.row[m], finish.whole_rows_per_x) * finish.whole_stride + column)
+                 : 0.0f;
   }
   if (finish.u_scale != nullptr) {
     value *= at(finish.u_scale, u_start + output);
@@ -263,16 +265,17 @@ __global__ void __launch_bounds__(Tile::kThreads) grouped_product(ProductArgumen
   if (first_output >= weights.outputs) {
     return;
   }
-  const int64_t all_steps = (weights.channels + Tile::kDepth - 1) / Tile::kDepth;
-  const int64_t steps_each = (all_steps + arguments.splits - 1) / arguments.splits;
-  const int64_t begin = static_cast<int64_t>(blockIdx.z) * steps_each * Tile::kDepth;
-  const int64_t end = min(weights.channels, begin + steps_each * Tile::kDepth);
-  const int64_t num_steps = begin < end ? (end - begin + Tile::kDepth - 1) / Tile::kDepth : 0;
+  const int all_steps = static_cast<int>((weights.channels + Tile::kDepth - 1) / Tile::kDepth);
+  const int steps_each = (all_steps + arguments.splits - 1) / arguments.splits;
+  const int first_step = static_cast<int>(blockIdx.z) * steps_each;
+  const int num_steps = max(0, min(steps_each, all_steps - first_step));
+  const int64_t begin = static_cast<int64_t>(first_step) * Tile::kDepth;
+  const int64_t end = min(weights.channels, begin + static_cast<int64_t>(num_steps) * Tile::kDepth);
 
   Tile tile;
-  const auto load = [&](int64_t step) {
+  const auto load = [&](int step) {
     if (step < num_steps) {
-      load_stage(arguments, shared.table, weights, first_output, begin + step * Tile::kDepth, end,
+      load_stage(arguments, shared.table, weights, first_output, begin + static_cast<int64_t>(step) * Tile::kDepth, end,
                  shared.stages[step % Tile::kStages]);
     }
     close_copies();
@@ -281,7 +284,7 @@ __global__ void __launch_bounds__(Tile::kThreads) grouped_product(ProductArgumen
   for (int step = 0; step < Tile::kStages - 1; ++step) {
     load(step);
   }
-  for (int64_t step = 0; step < num_steps; ++step) {
+  for (int step = 0; step < num_steps; ++step) {
     wait_copies<Tile::kStages - 2>();
     __syncthreads();  // everybody's copies are there, and nobody reads the stage that is loaded next
     load(step + Tile::kStages - 1);

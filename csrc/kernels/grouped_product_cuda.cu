@@ -30,8 +30,7 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 int product_tile_rows(ElementType type, bool many_rows) { return tile_sizes(type, many_rows).rows; }
 
-ProductGrid product_grid(const GroupedProduct& product, bool many_rows, int64_t most_outputs, int64_t most_channels,
-                         int num_processors) {
+ProductGrid product_grid(const GroupedProduct& product, bool many_rows, const ProductSize& size, int num_processors) {
   const TileSizes tile = tile_sizes(product.type, many_rows);
   ProductGrid grid{};
   grid.many_rows = many_rows;
@@ -39,17 +38,17 @@ ProductGrid product_grid(const GroupedProduct& product, bool many_rows, int64_t 
   grid.row_tiles = product.sorted != nullptr ? product.sorted->num_tiles
                    : tokens                  ? divide_up(product.pairs.num_tokens, tile.rows)
                                              : product.pairs.count();
-  grid.output_tiles = divide_up(most_outputs, tile.outputs);
+  grid.output_tiles = divide_up(size.most_outputs, tile.outputs);
   grid.splits = 1;
-  const int64_t blocks = grid.row_tiles * grid.output_tiles;
-  if (!many_rows && blocks > 0) {
-    const int64_t wanted = num_processors * kBlocksPerProcessor / blocks;
-    const int64_t possible = divide_up(most_channels, tile.depth) / kStepsEach;
+  const int64_t busy_blocks = grid.row_tiles * divide_up(size.likely_outputs, tile.outputs);
+  if (!many_rows && busy_blocks > 0) {
+    const int64_t wanted = num_processors * kBlocksPerProcessor / busy_blocks;
+    const int64_t possible = divide_up(size.likely_channels, tile.depth) / kStepsEach;
     grid.splits = std::clamp<int64_t>(std::min(wanted, possible), 1, kMostSplits);
   }
   if (grid.splits > 1) {
-    grid.partial_floats = blocks * grid.splits * tile.rows * tile.outputs;
-    grid.counters = blocks;
+    grid.counters = grid.row_tiles * grid.output_tiles;
+    grid.partial_floats = grid.counters * grid.splits * tile.rows * tile.outputs;
   }
   return grid;
 }

@@ -83,9 +83,14 @@ struct ProductGrid {
 // Rows of a tile; rows must be sorted by tiles of as many.
 int product_tile_rows(ElementType type, bool many_rows);
 
-// most_outputs, most_channels: bounds where ranks are not known on the host.
-ProductGrid product_grid(const GroupedProduct& product, bool many_rows, int64_t most_outputs, int64_t most_channels,
-                         int num_processors);
+// Ranks are not known on the host: a bound, which blocks are started for, and guesses, which only decide on splits.
+struct ProductSize {
+  int64_t most_outputs;
+  int64_t likely_outputs;
+  int64_t likely_channels;
+};
+
+ProductGrid product_grid(const GroupedProduct& product, bool many_rows, const ProductSize& size, int num_processors);
 
 // partial [partial_floats]; counters [counters], 0 before and after.
 cudaError_t launch_grouped_product(const GroupedProduct& product, const ProductGrid& grid, float* partial,

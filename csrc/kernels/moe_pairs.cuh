@@ -7,6 +7,11 @@
 
 namespace d2moe::kernels {
 
+// Rows and pairs number less than 2^31, and a GPU divides 64 bits in a subroutine.
+__device__ inline int32_t divide_row(int64_t row, int32_t by) {
+  return static_cast<int32_t>(static_cast<uint32_t>(row) / static_cast<uint32_t>(by));
+}
+
 // -1 where the id is no expert.
 __device__ inline int expert_of(const MoePairs& pairs, int64_t pair) {
   const int64_t id = pairs.wide_index ? static_cast<const int64_t*>(pairs.top_k_index)[pair]
@@ -28,7 +33,7 @@ __device__ inline int64_t base_row_of(const MoePairs& pairs, const BaseRows& row
   if (rows.kind == BaseRowKind::kPairs) {
     return pair;
   }
-  const int64_t token = pair / pairs.top_k;
+  const int64_t token = divide_row(pair, pairs.top_k);
   if (rows.kind == BaseRowKind::kTokens) {
     return token;
   }

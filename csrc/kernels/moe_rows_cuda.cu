@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) base_columns(BaseColumns a) {
   if (base < 0) {
     return;
   }
-  const auto* x = static_cast<const Element*>(a.x) + row / a.rows_per_x * a.x_stride;
+  const auto* x = static_cast<const Element*>(a.x) + divide_row(row, a.rows_per_x) * a.x_stride;
   auto* out = static_cast<Element*>(a.out) + row * a.out_stride;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.y) * kThreads;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) rest_of_pivots(RestOfPivots a) {
     }
   }
   __syncthreads();
-  const auto* x = static_cast<const Element*>(a.x) + pair / a.rows_per_x * a.x_stride;
+  const auto* x = static_cast<const Element*>(a.x) + divide_row(pair, a.rows_per_x) * a.x_stride;
   auto* rest = static_cast<Element*>(a.rest) + pair * in;
   const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
   int64_t written = 0;
@@ -214,7 +214,8 @@ __global__ void __launch_bounds__(kThreads)
     base_sums(MoePairs pairs, BaseRows base_rows, const void* rows, void* sums, int64_t width) {
   auto* included = reinterpret_cast<int*>(dynamic_shared());  // [top_k]
   const int64_t row = blockIdx.x, j = first_column<kPack>();
-  const int64_t first = base_rows.kind == BaseRowKind::kTokens ? row * pairs.top_k : row / pairs.top_k * pairs.top_k;
+  const int64_t token = base_rows.kind == BaseRowKind::kTokens ? row : divide_row(row, pairs.top_k);
+  const int64_t first = token * pairs.top_k;
   const int base = base_of_row(pairs, base_rows, row);
   if (base < 0) {
     return;
@@ -235,28 +236,31 @@ __global__ void __launch_bounds__(kThreads)
   store<Element, kPack>(sums, row * width + j, values);
 }
 
-// The row of the base's output that this pair adds to its token, or -1: each row once.
-__device__ inline int64_t own_base_row(const MoePairs& pairs, const BaseRows& rows, int64_t pair) {
-  if (base_of(pairs, rows, pair) < 0) {
-    return -1;
+// Base rows [top_k] of a token: the row of its base's output that a slot adds, each row once; -1 for none. `bases` are
+// the slots' bases.
+__device__ inline void own_base_rows(BaseRowKind kind, const int* bases, int top_k, int token, int* base_row) {
+  for (int slot = threadIdx.x; slot < top_k; slot += kThreads) {
+    bool first = bases[slot] >= 0;
+    for (int earlier = 0; kind != BaseRowKind::kPairs && earlier < slot; ++earlier) {
+      first = first && bases[earlier] != bases[slot];
+    }
+    base_row[slot] = !first ? -1 : kind == BaseRowKind::kTokens ? token : token * top_k + slot;
   }
-  if (rows.kind == BaseRowKind::kPairs) {
-    return pair;
-  }
-  // With one base all bases are the same, so that a token's first expert is the first with its base.
-  const BaseRows first{rows.expert_to_base, rows.num_bases, BaseRowKind::kFirst};
-  return base_row_of(pairs, first, pair) == pair ? base_row_of(pairs, rows, pair) : -1;
 }
 
+// Four blocks a multiprocessor: for more of them the compiler would spill registers.
 template <typename Element, int kPack>
-__global__ void __launch_bounds__(kThreads) combine_tokens(CombineTokens a) {
-  auto* experts = reinterpret_cast<int*>(dynamic_shared());  // [top_k]
-  auto* base_row = experts + a.pairs.top_k;                  // [top_k]
+__global__ void __launch_bounds__(kThreads, 4) combine_tokens(CombineTokens a) {
+  auto* experts = reinterpret_cast<int*>(dynamic_shared());  // [top_k], and so the next two
+  auto* bases = experts + a.pairs.top_k;
+  auto* base_row = bases + a.pairs.top_k;
   const int64_t token = blockIdx.x, j = first_column<kPack>(), first = token * a.pairs.top_k;
   for (int slot = threadIdx.x; slot < a.pairs.top_k; slot += kThreads) {
     experts[slot] = expert_of(a.pairs, first + slot);
-    base_row[slot] = static_cast<int>(own_base_row(a.pairs, a.base_rows, first + slot));
+    bases[slot] = base_of(a.pairs, a.base_rows, first + slot);
   }
+  __syncthreads();
+  own_base_rows(a.base_rows.kind, bases, a.pairs.top_k, static_cast<int>(token), base_row);
   __syncthreads();
   if (j >= a.width) {
     return;
@@ -326,7 +330,7 @@ cudaError_t launch_combine_tokens(const CombineTokens& arguments, cudaStream_t s
   return visit_packs(arguments.type, arguments.width, pointers, [&](auto element, auto pack) {
     return launch(&combine_tokens<decltype(element), pack.value>,
                   strips(arguments.pairs.num_tokens, arguments.width, pack.value), dim3(kThreads),
-                  2 * sizeof(int) * arguments.pairs.top_k, stream, arguments);
+                  3 * sizeof(int) * arguments.pairs.top_k, stream, arguments);
   });
 }
 

@@ -4,11 +4,11 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/cuda/Exceptions.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
+#include "ops/cuda_blas.h"
 #include "ops/cuda_context.h"
 #include "ops/element_type.h"
 #include "ops/gram_update.h"
@@ -25,10 +25,10 @@ constexpr int64_t kChunkElements = 1 << 26;  // of X converted to the Gram's dty
 // torch's handle, for as long as this lives, without TF32 and with all sums in float32.
 class ExactHandle {
  public:
-  ExactHandle() : handle_(at::cuda::getCurrentCUDABlasHandle()) {
-    TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle_, &before_));
+  ExactHandle() : handle_(blas_handle()) {
+    check_blas(cublasGetMathMode(handle_, &before_));
     const int exact = static_cast<int>(CUBLAS_DEFAULT_MATH) | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
-    TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle_, static_cast<cublasMath_t>(exact)));
+    check_blas(cublasSetMathMode(handle_, static_cast<cublasMath_t>(exact)));
   }
   ~ExactHandle() { cublasSetMathMode(handle_, before_); }
   ExactHandle(const ExactHandle&) = delete;
@@ -63,12 +63,11 @@ void add_strip(cublasHandle_t handle, const at::Tensor& gram, const at::Tensor& 
   const void* scale = wide ? static_cast<const void*>(&one) : &one_float;
   const auto* first = static_cast<const std::byte*>(left.const_data_ptr()) + begin * left.element_size();
   auto* out = static_cast<std::byte*>(gram.data_ptr()) + begin * gram.size(1) * gram.element_size();
-  TORCH_CUDABLAS_CHECK(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_T, static_cast<int>(end),
-                                    static_cast<int>(end - begin), static_cast<int>(left.size(0)), scale,
-                                    right.const_data_ptr(), data_type(right), static_cast<int>(right.stride(0)), first,
-                                    data_type(left), static_cast<int>(left.stride(0)), scale, out, data_type(gram),
-                                    static_cast<int>(gram.size(1)), wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,
-                                    CUBLAS_GEMM_DEFAULT));
+  check_blas(cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_T, static_cast<int>(end), static_cast<int>(end - begin),
+                          static_cast<int>(left.size(0)), scale, right.const_data_ptr(), data_type(right),
+                          static_cast<int>(right.stride(0)), first, data_type(left), static_cast<int>(left.stride(0)),
+                          scale, out, data_type(gram), static_cast<int>(gram.size(1)),
+                          wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 void add_rows(const at::Tensor& gram, const at::Tensor& x, const at::Tensor& weighted) {

@@ -1,6 +1,7 @@
 // The arguments of moe_forward and its halves: what must hold, and the sentence that says so.
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <sstream>
 
 #include "ops/checks.h"
@@ -83,6 +84,15 @@ void check_stored_elements(const char* op, const Delta& delta, const int32_t* st
                 delta_name("delta_v_start", delta.index), " and the rank must stay within the ", delta.v.numel(),
                 " elements of ", delta_name("delta_v", delta.index), ", got start ", start[e], " and rank ", rank[e],
                 " for expert ", e);
+  }
+}
+
+// A delta of a higher rank would be a larger matrix than the one it is added to: no buffer is made for it.
+void check_full_rank(const char* op, const Delta& delta, const int32_t* rank) {
+  const int64_t full = std::min(delta.u.size(1), delta.in_features());
+  for (int64_t e = 0; e < delta.rank.numel(); ++e) {
+    TORCH_CHECK(rank[e] <= full, op, ": ", delta_name("delta_rank", delta.index),
+                " must be at most min(out, in) = ", full, ", got ", rank[e], " for expert ", e);
   }
 }
 
@@ -217,6 +227,7 @@ void check_delta_indices(const char* op, at::ArrayRef<Delta> deltas) {
       check_slices(op, delta_name("delta_v_start", index), delta_name("delta_v", index), v_start, rank,
                    delta.rank.numel(), delta.v.size(0));
     }
+    check_full_rank(op, delta, rank);
   }
 }
 

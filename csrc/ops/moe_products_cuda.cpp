@@ -58,14 +58,12 @@ GroupedProduct product_of(const PairsCall& call, const BaseRows& rows, bool by_b
   return product;
 }
 
-void run(PairsCall& call, GroupedProduct& product, void* out, int64_t out_stride, int64_t most_outputs,
-         int64_t most_channels) {
+void run(PairsCall& call, GroupedProduct& product, void* out, int64_t out_stride, const kernels::ProductSize& size) {
   product.out = out;
   product.out_stride = out_stride;
   const kernels::SortedRows* sorted = product.sorted;
   const bool many = sorted != nullptr && sorted->tile_rows != kernels::product_tile_rows(call.type, false);
-  const kernels::ProductGrid grid =
-      kernels::product_grid(product, many, most_outputs, most_channels, call.context.num_processors());
+  const kernels::ProductGrid grid = kernels::product_grid(product, many, size, call.context.num_processors());
   at::Tensor partial, counters;
   if (grid.splits > 1) {
     partial = at::empty({grid.partial_floats}, call.options.dtype(at::kFloat));
@@ -186,7 +184,8 @@ void multiply_bases(PairsCall& call, const BaseGroup& group, const BaseRows& row
     product.finish.bias = group.bias->const_data_ptr();
     product.finish.bias_stride = group.bias->stride(0);
   }
-  run(call, product, out.data_ptr(), out.stride(0), group.out_features(), product.weights.channels);
+  run(call, product, out.data_ptr(), out.stride(0),
+      {group.out_features(), group.out_features(), product.weights.channels});
 }
 
 bool uses_library(const PairsCall& call, const BaseRows& rows) {
@@ -210,6 +209,11 @@ kernels::DeltaLists delta_lists(const Delta& delta) {
   lists.v_stored = lists.pivoted ? delta.v.numel() : delta.v.size(0);
   lists.most_rank = std::min({lists.u_rows, delta.u.size(1), lists.in_features});
   return lists;
+}
+
+// Of an expert, if all have their own rows of U.
+int64_t likely_rank(const PairsCall& call, const kernels::DeltaLists& lists) {
+  return std::min(lists.most_rank, (lists.u_rows + call.pairs.num_experts - 1) / call.pairs.num_experts);
 }
 
 // V x of every pair, times U's scales where it has them: [num_pairs, most_rank], of which each row has its expert's
@@ -245,7 +249,7 @@ at::Tensor inner_products(PairsCall& call, const Delta& delta, const CudaSource&
     product.finish.v_scale = delta.v_scale->const_data_ptr();
     product.finish.u_scale = delta.u_scale->const_data_ptr();
   }
-  run(call, product, inner.data_ptr(), inner.stride(0), lists.most_rank, lists.in_features);
+  run(call, product, inner.data_ptr(), inner.stride(0), {lists.most_rank, likely_rank(call, lists), lists.in_features});
   return inner;
 }
 
@@ -272,7 +276,8 @@ void finish_pairs(PairsCall& call, GroupedProduct& product, const BaseGroup& gro
     product.finish.bias_stride = group.bias->stride(0);
   }
   void* begin = static_cast<std::byte*>(out.data_ptr()) + first * out.element_size();
-  run(call, product, begin, out.stride(0), product.weights.outputs, product.weights.lists.most_rank);
+  const int64_t outputs = product.weights.outputs;
+  run(call, product, begin, out.stride(0), {outputs, outputs, likely_rank(call, product.weights.lists)});
 }
 
 }  // namespace
@@ -386,7 +391,8 @@ void pair_products(PairsCall& call, const BaseGroup& group, const BaseRows& rows
 at::Tensor delta_products(PairsCall& call, const Delta& delta, const CudaSource& source) {
   const at::Tensor inner = inner_products(call, delta, source), out = call.empty(call.pairs.count(), delta.u.size(1));
   GroupedProduct product = outer_product(call, {}, delta, {inner, 1});
-  run(call, product, out.data_ptr(), out.stride(0), delta.u.size(1), product.weights.lists.most_rank);
+  const int64_t outputs = product.weights.outputs;
+  run(call, product, out.data_ptr(), out.stride(0), {outputs, outputs, likely_rank(call, product.weights.lists)});
   return out;
 }
 

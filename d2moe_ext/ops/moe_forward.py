@@ -72,7 +72,8 @@ def moe_forward(
             order (the only form for interleaved rows), or (up, down) where there is no gate, or none at all.
         delta_v: one ``[R_v, in]`` for each delta.
         delta_rank: one ``[E]`` int32 for each delta: ``U[e] = delta_u[u_start : u_start + rank].T`` and
-            ``V[e] = delta_v[v_start : v_start + rank]``. Rows may be shared between experts.
+            ``V[e] = delta_v[v_start : v_start + rank]``, with a rank of at most ``min(out, in)``. Rows may be shared between
+            experts.
         delta_u_start: one ``[E]`` int32 for each delta.
         delta_v_start: one ``[E]`` int32 for each delta.
         delta_pivots: none where V is stored whole. Else one ``[R_u]`` int32 for each delta, whose factors are then
@@ -92,8 +93,9 @@ def moe_forward(
         ``[T, H]`` in the dtype of ``hidden_states``.
 
     Raises:
-        RuntimeError: one sentence with the argument, the rule and the value, for a wrong shape, dtype, device,
-            activation or index; for ``down_columns`` without any delta, which would leave I unknown (pass deltas with
+        RuntimeError: one sentence with the argument, the rule and the value, for a wrong shape, dtype, device or
+            activation, and on the CPU for an index (on a GPU, where looking would make the host wait, what an index out of
+            range points at is left out); for ``down_columns`` without any delta, which would leave I unknown (pass deltas with
             zero rows); and where a gradient would be needed.
     """
     return torch.ops.d2moe_ext.moe_forward(

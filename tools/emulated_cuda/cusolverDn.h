@@ -5,7 +5,6 @@
 
 enum cusolverStatus_t { CUSOLVER_STATUS_SUCCESS = 0, CUSOLVER_STATUS_INVALID_VALUE = 3 };
 enum cusolverEigMode_t { CUSOLVER_EIG_MODE_NOVECTOR, CUSOLVER_EIG_MODE_VECTOR };
-enum cudaDataType { CUDA_R_32F = 0, CUDA_R_64F = 1 };
 
 struct EmulatedSolver;
 struct EmulatedSolverParams;

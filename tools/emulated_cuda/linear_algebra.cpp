@@ -7,6 +7,7 @@
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/ones_like.h>
 
 #include <cstring>
@@ -15,7 +16,9 @@
 
 #include "cusolverDn.h"
 
-struct EmulatedBlas {};
+struct EmulatedBlas {
+  cublasMath_t mode = CUBLAS_DEFAULT_MATH;
+};
 struct EmulatedSolver {};
 struct EmulatedSolverParams {};
 
@@ -23,8 +26,21 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-at::Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t leading) {
-  return at::from_blob(const_cast<void*>(data), {rows, columns}, {1, leading}, at::kDouble);
+at::Tensor matrix(const void* data, int64_t rows, int64_t columns, int64_t leading, at::ScalarType type = at::kDouble) {
+  return at::from_blob(const_cast<void*>(data), {rows, columns}, {1, leading}, type);
+}
+
+at::ScalarType scalar_type(cudaDataType type) {
+  switch (type) {
+    case CUDA_R_16F:
+      return at::kHalf;
+    case CUDA_R_16BF:
+      return at::kBFloat16;
+    case CUDA_R_32F:
+      return at::kFloat;
+    default:
+      return at::kDouble;
+  }
 }
 
 // From the triangle that is read.
@@ -81,6 +97,43 @@ cublasStatus_t cublasCreate(cublasHandle_t* handle) {
 
 cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t) {
   return handle == nullptr ? CUBLAS_STATUS_INVALID_VALUE : CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasGetMathMode(cublasHandle_t handle, cublasMath_t* mode) {
+  *mode = handle->mode;
+  return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) {
+  handle->mode = mode;
+  return CUBLAS_STATUS_SUCCESS;
+}
+
+// Float64, or float32 sums of what A and B hold; both of one type, which is C's, or of 16 bits into float32.
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n,
+                            int k, const void* alpha, const void* A, cudaDataType Atype, int lda, const void* B,
+                            cudaDataType Btype, int ldb, const void* beta, void* C, cudaDataType Ctype, int ldc,
+                            cublasComputeType_t computeType, cublasGemmAlgo_t) {
+  const bool wide = computeType == CUBLAS_COMPUTE_64F, plain_a = transa == CUBLAS_OP_N, plain_b = transb == CUBLAS_OP_N;
+  const bool types = Atype == Btype && (wide ? Atype == CUDA_R_64F && Ctype == CUDA_R_64F
+                                             : Atype != CUDA_R_64F && (Ctype == Atype || Ctype == CUDA_R_32F));
+  if (handle == nullptr || !types || m < 0 || n < 0 || k < 0 || lda < (plain_a ? m : k) || ldb < (plain_b ? k : n) ||
+      ldc < m) {
+    return CUBLAS_STATUS_INVALID_VALUE;
+  }
+  const at::ScalarType compute = wide ? at::kDouble : at::kFloat;
+  const auto operand = [&](const void* data, cudaDataType type, bool plain, int rows, int columns, int leading) {
+    const at::Tensor stored =
+        matrix(data, plain ? rows : columns, plain ? columns : rows, leading, scalar_type(type)).to(compute);
+    return plain ? stored : stored.t();
+  };
+  const auto scale = [&](const void* value) {
+    return wide ? *static_cast<const double*>(value) : *static_cast<const float*>(value);
+  };
+  const at::Tensor product = at::mm(operand(A, Atype, plain_a, m, k, lda), operand(B, Btype, plain_b, k, n, ldb));
+  const at::Tensor out = matrix(C, m, n, ldc, scalar_type(Ctype));
+  out.copy_(product * scale(alpha) + out.to(compute) * scale(beta));
+  return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasDtrsm(cublasHandle_t handle, cublasSideMode_t side, cublasFillMode_t uplo, cublasOperation_t trans,
