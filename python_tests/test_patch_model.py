@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import FAMILIES, assert_close, compressed_model, files_of, logits, tiny_model, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from d2moe_ext import patch_model, unpatch_model
+from d2moe_ext import _native, patch_model, unpatch_model
 from d2moe_ext.adapters import find_experts
 from d2moe_ext.experts import D2MoEExperts, UncompressedExperts
+from d2moe_ext.hf.patch import _check_build
 from d2moe_ext.hf.quantizer import compressed_modules
 
 MIXED = {"num_bases": 2, "pruned": 3, "dynamic": 4}
@@ -199,3 +201,17 @@ def test_a_model_is_left_as_it_was_when_its_checkpoint_is_refused(damage, tmp_pa
     assert not any(isinstance(module, D2MoEExperts) for module in model.modules())
     with pytest.raises(ValueError, match="must be patched"):
         unpatch_model(model)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_native_operators_on_a_gpu_need_a_build_with_cuda(cuda, monkeypatch):
+    monkeypatch.setattr(_native, "C", SimpleNamespace(build_info=lambda: {"cuda": cuda}))
+    on_gpu = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device("cuda", 0))])
+    _check_build(tiny_model("mixtral"))
+    if cuda:
+        _check_build(on_gpu)
+    else:
+        with pytest.raises(
+            ValueError, match="the backend must be 'torch' for a model on a GPU where d2moe_ext was built without CUDA"
+        ):
+            _check_build(on_gpu)

@@ -47,6 +47,7 @@ __device__ inline void wait_copies() {
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&registers)[4], const void* row) {
 #ifdef D2MOE_EMULATED
+  emulated_cuda::check_aligned(row, 16, "ldmatrix must have aligned rows, got one that is not");
   const auto* rows = emulated_cuda::exchange(&row, sizeof(row));
   const int lane = emulated_cuda::lane();
   for (int i = 0; i < 4; ++i) {

@@ -111,6 +111,10 @@ __device__ inline void load_chunk(Stored* shared, const Stored* global, int64_t 
     copy_16_bytes_later(shared, global);
     return;
   }
+  if (available <= 0) {
+    *reinterpret_cast<uint4*>(shared) = make_uint4(0, 0, 0, 0);
+    return;
+  }
 #pragma unroll 1  // the way of a row's end
   for (int e = 0; e < kChunk; ++e) {
     shared[e] = e < available ? global[e] : Stored{};

@@ -9,6 +9,7 @@ from d2moe_ext.cli import common
 from d2moe_ext.cli.options import (
     BatchSizeOption,
     CalibrationOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
@@ -35,12 +36,13 @@ def analyze_command(
     seed: SeedOption = 0,
     offload_folder: OffloadOption = None,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how alike MODEL's experts are and how fast their spectra fall; recommend bases, ratio and preset."""
     text = None if calibration is None else common.read_text("--calibration", calibration)
-    network = common.load_model(model, dtype, trust_remote_code)
+    network = common.load_model(model, dtype, trust_remote_code, device)
     if getattr(network.config, "quantization_config", None) is not None:
         raise ValueError("MODEL must be neither compressed nor quantized, got a quantization_config.")
     window = common.default_seqlen(network.config, _DEFAULT_SEQLEN) if seqlen is None else seqlen

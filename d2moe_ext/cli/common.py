@@ -117,19 +117,32 @@ def meta_model(config: PreTrainedConfig, dtype: Dtype, trust_remote_code: bool) 
         )
 
 
-def load_model(name: str, dtype: Dtype = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model, compressed or not, in evaluation mode."""
+def check_device(device: str) -> None:
+    """Raise ValueError unless ``device`` is the CPU or a GPU that is there."""
+    import torch
+
+    kind, colon, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}.")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ValueError(f"--device must be a device that this machine and this torch have, got {device!r} with {count} GPUs.")
+
+
+def load_model(name: str, dtype: Dtype = "auto", trust_remote_code: bool = False, device: str = "cpu") -> PreTrainedModel:
+    """A causal language model, compressed or not, in evaluation mode, on a device."""
     from transformers import AutoModelForCausalLM
 
     import d2moe_ext  # noqa: F401  (registers the quantization method of compressed models)
 
     quiet_transformers()
+    check_device(device)
     check_model(name)
     with _reading("model", name):
         model = AutoModelForCausalLM.from_pretrained(
             str(Path(name).expanduser()), dtype=dtype, trust_remote_code=trust_remote_code
         )
-    return model.eval()
+    return model.eval().to(device)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

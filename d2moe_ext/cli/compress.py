@@ -16,6 +16,7 @@ from d2moe_ext.cli.options import (
     CalibrationOption,
     CountOption,
     DecompositionOption,
+    DeviceOption,
     DtypeOption,
     DynamicPruningOption,
     FactorDtypeOption,
@@ -75,6 +76,7 @@ def compress_command(
     num_bases: BasesOption = 1,
     offload_folder: OffloadOption = None,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds anything.")] = False,
     as_json: JsonOption = False,
@@ -113,7 +115,7 @@ def compress_command(
     out = out.expanduser().resolve()
     check_output(out, overwrite, model)
     with complete_directory(out) as partial, common.progress_bar() as progress:
-        network = common.load_model(model, dtype, trust_remote_code)
+        network = common.load_model(model, dtype, trust_remote_code, device)
         tokenizer = common.load_tokenizer(model, trust_remote_code)
         _check_reachable(network, config)
         window = common.default_seqlen(network.config, _DEFAULT_SEQLEN) if seqlen is None else seqlen

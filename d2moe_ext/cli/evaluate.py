@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2moe_ext.cli import common
-from d2moe_ext.cli.options import DtypeOption, JsonOption, ModelArgument, TrustOption
+from d2moe_ext.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ def evaluate_command(
         typer.Option("--patch/--no-patch", help="Use the native operators; without a word, for compressed models."),
     ] = None,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,7 +56,7 @@ def evaluate_command(
     else:
         _refuse("--tasks", {"--include-path": include_path, "--num-fewshot": num_fewshot, "--limit": limit})
     content = None if text is None else common.read_text("--text", text)
-    network = common.load_model(model, dtype, trust_remote_code)
+    network = common.load_model(model, dtype, trust_remote_code, device)
     window = common.default_seqlen(network.config, _DEFAULT_SEQLEN) if seqlen is None else seqlen
     common.check_seqlen("--seqlen", window, network.config)
     tokenizer = common.load_tokenizer(model, trust_remote_code)

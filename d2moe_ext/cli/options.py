@@ -54,6 +54,7 @@ OffloadOption = Annotated[
     Path | None, typer.Option(help="A new folder for the calibration's large sums, for models that fill the memory.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Load the weights as this; auto: as they are stored.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from d2moe_ext import _native
 from d2moe_ext.adapters import find_experts, restore
 from d2moe_ext.checkpoint import read_compressed_layers, read_tensors, tensor_infos, weight_files
 from d2moe_ext.experts import Backend, D2MoEExperts, UncompressedExperts
@@ -49,13 +50,16 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
         ``model``.
 
     Raises:
-        ValueError: one sentence: another backend, a model that is patched already or has no experts, a checkpoint for a
-            compressed model, or one that is damaged or of another model. The model is then as it was.
+        ValueError: one sentence: another backend, native operators for a model on a GPU from a build without CUDA, a
+            model that is patched already or has no experts, a checkpoint for a compressed model, or one that is damaged or
+            of another model. The model is then as it was.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"patch_model: backend must be 'native' or 'torch', got {backend!r}")
     if "_d2moe_patch" in model.__dict__:
         raise ValueError(f"patch_model: the model must not be patched already, got a patched {type(model).__name__}")
+    if backend == "native":
+        _check_build(model)
     modules = compressed_modules(model)
     if checkpoint is not None:
         if modules:
@@ -73,6 +77,13 @@ def patch_model(model: Model, checkpoint: str | Path | None = None, backend: Bac
     # In __dict__: what is kept must not count as part of the model.
     model.__dict__["_d2moe_patch"] = patch
     return model
+
+
+def _check_build(model: nn.Module) -> None:
+    if not _native.C.build_info()["cuda"] and any(parameter.device.type == "cuda" for parameter in model.parameters()):
+        raise ValueError(
+            "patch_model: the backend must be 'torch' for a model on a GPU where d2moe_ext was built without CUDA, got 'native'"
+        )
 
 
 def unpatch_model(model: Model) -> Model:

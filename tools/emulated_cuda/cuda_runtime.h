@@ -67,6 +67,8 @@ Value of_lane(const LaneBytes* lanes, int i) {
   return value;
 }
 
+// Ends the program with `what` where the address is not a multiple of `bytes`.
+void check_aligned(const void* address, size_t bytes, const char* what);
 void copy_later(void* destination, const void* source, size_t bytes);
 void close_copies();
 void wait_copies(int open_groups);

@@ -204,10 +204,15 @@ const LaneBytes* exchange(const void* bytes, size_t count) {
   return lanes;
 }
 
-void copy_later(void* destination, const void* source, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(destination) % bytes != 0 || reinterpret_cast<uintptr_t>(source) % bytes != 0) {
-    fail("cp.async must have aligned addresses, got one that is not");
+void check_aligned(const void* address, size_t bytes, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fail(what);
   }
+}
+
+void copy_later(void* destination, const void* source, size_t bytes) {
+  check_aligned(destination, bytes, "cp.async must have aligned addresses, got one that is not");
+  check_aligned(source, bytes, "cp.async must have aligned addresses, got one that is not");
   current->copies.back().push_back({destination, source, bytes});
 }
 
