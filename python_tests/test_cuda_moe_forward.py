@@ -192,3 +192,23 @@ def test_opcheck_and_one_graph(call: int, int8: bool) -> None:
     compiled = torch.compile(lambda **values: getattr(operators, name)(**values), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**moved), getattr(operators, name)(**moved))
     assert compiled(**moved).device.type == DEVICE
+
+
+# As many rows for each expert as torch's own grouped products take, in bfloat16; what keeps a layer from them.
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"sentinels": True, "duplicates": True},
+        {"interleaved": True, "activation": "gelu"},
+        {"gated": False, "activation": "relu2"},
+        {"bias": True},
+        {"hidden": 36},
+        {"tokens": 40},
+    ],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_plain_layers_of_many_rows(sizes: dict) -> None:
+    plain = {"tokens": 110, "top_k": 2, "experts": 5, "bases": (5, 5), "deltas": "none", "hidden": 40, "inter": 24}
+    for dtype in DTYPES:
+        assert_exact(make_layer(14, dtype=dtype, **plain | sizes))

@@ -148,6 +148,17 @@ __global__ void __launch_bounds__(kThreads) rest_of_pivots(RestOfPivots a) {
   }
 }
 
+template <typename Element, int kPack>
+__global__ void __launch_bounds__(kThreads)
+    gather_sorted(SortedRows sorted, const void* x, int32_t rows_per_x, void* out, int64_t width) {
+  const int64_t i = blockIdx.x, j = first_column<kPack>();
+  if (i < sorted.offsets[sorted.num_groups] && j < width) {
+    const int64_t row = divide_row(sorted.order[i], rows_per_x);
+    *reinterpret_cast<Pack<Element, kPack>*>(static_cast<Element*>(out) + i * width + j) =
+        load<Element, kPack>(x, row * width + j);
+  }
+}
+
 // As on the CPU (gated_activation.cpp), to float32's precision over its whole range.
 __device__ inline float activate(Activation activation, float value) {
   constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080286536f;
@@ -170,16 +181,21 @@ __global__ void __launch_bounds__(kThreads) weighted_activation(WeightedActivati
   if (j >= a.width || expert_of(a.pairs, pair) < 0) {
     return;
   }
+  const int64_t from = a.read_position == nullptr ? pair : a.read_position[pair];
+  const int64_t to = a.write_position == nullptr ? pair : a.write_position[pair];
+  if (from < 0 || to < 0) {
+    return;
+  }
   const float weight = a.weights[pair];
   float values[kPack];
   if (!a.gated) {
-    const Pack<Element, kPack> up = load<Element, kPack>(a.gate_up, pair * a.width + j);
+    const Pack<Element, kPack> up = load<Element, kPack>(a.gate_up, from * a.width + j);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       values[e] = weight * activate(a.activation, widen(up.values[e]));
     }
   } else if (a.interleaved) {
-    const int64_t place = 2 * (pair * a.width + j);
+    const int64_t place = 2 * (from * a.width + j);
     const Pack<Element, kPack> first = load<Element, kPack>(a.gate_up, place);
     const Pack<Element, kPack> second = load<Element, kPack>(a.gate_up, place + kPack);
 #pragma unroll
@@ -188,14 +204,14 @@ __global__ void __launch_bounds__(kThreads) weighted_activation(WeightedActivati
       values[e] = weight * activate(a.activation, at(2 * e)) * at(2 * e + 1);
     }
   } else {
-    const Pack<Element, kPack> gate = load<Element, kPack>(a.gate_up, 2 * pair * a.width + j);
-    const Pack<Element, kPack> up = load<Element, kPack>(a.gate_up, (2 * pair + 1) * a.width + j);
+    const Pack<Element, kPack> gate = load<Element, kPack>(a.gate_up, 2 * from * a.width + j);
+    const Pack<Element, kPack> up = load<Element, kPack>(a.gate_up, (2 * from + 1) * a.width + j);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
       values[e] = weight * activate(a.activation, widen(gate.values[e])) * widen(up.values[e]);
     }
   }
-  store<Element, kPack>(a.weighted, pair * a.width + j, values);
+  store<Element, kPack>(a.weighted, to * a.width + j, values);
 }
 
 template <typename Element, int kPack>
@@ -267,8 +283,9 @@ __global__ void __launch_bounds__(kThreads, 4) combine_tokens(CombineTokens a) {
   }
   float values[kPack] = {};
   for (int slot = 0; slot < a.pairs.top_k; ++slot) {
-    if (base_row[slot] >= 0) {
-      add<Element, kPack>(values, a.base_output, base_row[slot] * a.width + j, 1.0f);
+    const int row = base_row[slot] < 0 || a.base_position == nullptr ? base_row[slot] : a.base_position[base_row[slot]];
+    if (row >= 0) {
+      add<Element, kPack>(values, a.base_output, row * a.width + j, 1.0f);
     }
     if (experts[slot] >= 0 && a.delta_output != nullptr) {
       add<Element, kPack>(values, a.delta_output, (first + slot) * a.width + j, 1.0f);
@@ -296,6 +313,14 @@ cudaError_t launch_rest_of_pivots(const RestOfPivots& arguments, cudaStream_t st
     using Element = decltype(element);
     const dim3 grid(static_cast<unsigned int>(arguments.pairs.count()));
     return launch(&rest_of_pivots<Element>, grid, dim3(kThreads), arguments.lists.in_features, stream, arguments);
+  });
+}
+
+cudaError_t launch_gather_sorted(ElementType type, const SortedRows& sorted, const void* x, int32_t rows_per_x,
+                                 void* out, int64_t width, cudaStream_t stream) {
+  return visit_packs(type, width, {x, out}, [&](auto element, auto pack) {
+    return launch(&gather_sorted<decltype(element), pack.value>, strips(sorted.num_rows, width, pack.value),
+                  dim3(kThreads), 0, stream, sorted, x, rows_per_x, out, width);
   });
 }
 

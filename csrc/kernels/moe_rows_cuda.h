@@ -44,6 +44,10 @@ struct RestOfPivots {
 };
 cudaError_t launch_rest_of_pivots(const RestOfPivots& arguments, cudaStream_t stream);
 
+// out[i] = x[order[i] / rows_per_x], [num_rows, width], for all rows of all groups: as they are sorted.
+cudaError_t launch_gather_sorted(ElementType type, const SortedRows& sorted, const void* x, int32_t rows_per_x,
+                                 void* out, int64_t width, cudaStream_t stream);
+
 // weighted[pair] = weight * act(gate) * up, or weight * act(up); rows of gate_up are [gate; up], or gate0, up0, gate1,
 // ...
 struct WeightedActivation {
@@ -55,6 +59,9 @@ struct WeightedActivation {
   int64_t width;
   Activation activation;
   bool gated, interleaved;
+  // [num_pairs]: rows of gate_up that pairs are read from, and of weighted that they go to; null for the pair's own.
+  const int32_t* read_position;
+  const int32_t* write_position;
 };
 cudaError_t launch_weighted_activation(const WeightedActivation& arguments, cudaStream_t stream);
 
@@ -78,6 +85,7 @@ struct CombineTokens {
   const void* bias;          // [num_experts, width] or null
   void* output;              // [num_tokens, width]
   int64_t width;
+  const int32_t* base_position;  // rows of base_output that base rows stand in, or null for their own
 };
 cudaError_t launch_combine_tokens(const CombineTokens& arguments, cudaStream_t stream);
 

@@ -127,8 +127,12 @@ __global__ void __launch_bounds__(kThreads, 1) sort_rows(MoePairs pairs, RowSort
   __syncthreads();
   if (warp < num_warps) {
     visit_rows(pairs, job, warp, num_warps, [&](int64_t row, int group, unsigned int same) {
+      const int place = group >= 0 ? own[group] + __popc(same & lower_lanes) : -1;
       if (group >= 0) {
-        sorted.order[own[group] + __popc(same & lower_lanes)] = static_cast<int32_t>(row);
+        sorted.order[place] = static_cast<int32_t>(row);
+      }
+      if (sorted.position != nullptr && row < sorted.num_rows) {
+        sorted.position[row] = place;
       }
       __syncwarp();
       if (group >= 0 && (same & lower_lanes) == 0) {

@@ -13,6 +13,7 @@ namespace d2moe::kernels {
 struct SortedRows {
   int32_t* order;     // [num_rows]: rows of group 0, then of group 1, ...; rows of no group are left out
   int32_t* offsets;   // [num_groups + 1]
+  int32_t* position;  // [num_rows], or null: each row's place in `order`, -1 where it is left out
   int2* tiles;        // [num_tiles]: a group and where in `order` a tile of it begins; group -1 after the last
   int32_t tile_rows;  // rows of a tile, but for a group's last
   int32_t num_tiles;  // as many as there can be: most_tiles()

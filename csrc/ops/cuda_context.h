@@ -26,10 +26,17 @@ class CudaContext {
   explicit CudaContext(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
   int num_processors() const { return 32; }
+  bool has_grouped_mm() const { return true; }
 #else
   explicit CudaContext(const at::Tensor& tensor) : guard_(tensor.device()) {}
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }
   int num_processors() const { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
+  // Whether torch multiplies groups in bfloat16 without asking the host for their sizes; elsewhere it is a loop that
+  // does.
+  bool has_grouped_mm() const {
+    const int major = at::cuda::getCurrentDeviceProperties()->major;
+    return major == 9 || major == 10;
+  }
 
  private:
   const c10::cuda::CUDAGuard guard_;

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "kernels/moe_rows_cuda.h"
+#include "ops/library_forward_cuda.h"
 #include "ops/moe_forward_plan.h"
 #include "ops/moe_products_cuda.h"
 
@@ -32,7 +33,7 @@ at::Tensor combine_tokens(PairsCall& call, const BaseGroup& down, const BaseRows
   check_cuda(kernels::launch_combine_tokens(
       {call.type, call.pairs, rows, weights.const_data_ptr<float>(), base_output.const_data_ptr(),
        delta == nullptr ? nullptr : delta_output.const_data_ptr(),
-       down.bias.has_value() ? down.bias->const_data_ptr() : nullptr, output.data_ptr(), down.out_features()},
+       down.bias.has_value() ? down.bias->const_data_ptr() : nullptr, output.data_ptr(), down.out_features(), nullptr},
       call.context.stream()));
   return output;
 }
@@ -69,6 +70,9 @@ at::Tensor moe_forward_cuda(const at::Tensor& hidden_states, const at::Tensor& t
   PairsCall call(kMoeForward, x, top_k_index, gate_up.num_experts());
   const BaseRows gate_up_rows = call.base_rows(gate_up, false), down_rows = call.base_rows(down, false);
   const at::ArrayRef<Delta> all(deltas);
+  if (deltas.empty() && library_forward_serves(call, gate_up, gate_up_rows, down, down_rows)) {
+    return library_forward(call, gate_up, gate_up_rows, down, down_rows, x, weights, {act, plan.gated, interleaved});
+  }
   // Pairs are sorted for the deltas, or where there are none for what a base leaves to be added to each of its pairs.
   call.sort(!deltas.empty() || gate_up_rows.kind != BaseRowKind::kPairs, {gate_up_rows, down_rows});
   const at::Tensor gate_up_output = call.empty(call.pairs.count(), gate_up.out_features());
@@ -77,7 +81,7 @@ at::Tensor moe_forward_cuda(const at::Tensor& hidden_states, const at::Tensor& t
   const at::Tensor weighted = call.empty(call.pairs.count(), plan.intermediate_size);
   check_cuda(kernels::launch_weighted_activation(
       {call.type, call.pairs, weights.const_data_ptr<float>(), gate_up_output.const_data_ptr(), weighted.data_ptr(),
-       plan.intermediate_size, act, plan.gated, interleaved},
+       plan.intermediate_size, act, plan.gated, interleaved, nullptr, nullptr},
       call.context.stream()));
   return combine_tokens(call, down, down_rows, deltas.empty() ? nullptr : &deltas.back(), weighted, weights);
 }

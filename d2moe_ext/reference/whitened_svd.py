@@ -50,6 +50,6 @@ def whitened_svd(
         scaled = left_vectors[:, :rank] * sigma[:rank]
         u = torch.linalg.solve_triangular(left.T, scaled, upper=True)
         v = torch.linalg.solve_triangular(s, right_vectors[:rank], upper=False, left=False)
-        entries.append((u, v, sigma, torch.tensor(ridge_used, dtype=torch.float64)))
+        entries.append((u, v, sigma, torch.tensor(ridge_used, dtype=torch.float64, device=delta.device)))
     u, v, sigma, used = (torch.stack(parts) for parts in zip(*entries, strict=True))
     return u.to(delta.dtype), v.to(delta.dtype), sigma, used
