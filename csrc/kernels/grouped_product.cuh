@@ -11,9 +11,10 @@
 
 namespace d2moe::kernels {
 
-// A GroupedProduct, with the pointers of its sorted rows in it: what a kernel is given.
+// GroupedProducts, with the pointers of their sorted rows: what a kernel is given.
 struct ProductArguments {
-  GroupedProduct product;
+  GroupedProduct products[kMostProducts];
+  uint32_t first_output_tiles;  // blockIdx.y of the second product's first block
   const int32_t* order;
   const int32_t* offsets;
   const int2* tiles;
@@ -69,8 +70,8 @@ struct RowTable {
 };
 
 template <int kRows>
-__device__ inline void fill_rows(const ProductArguments& arguments, RowTable<kRows>& table) {
-  const GroupedProduct& product = arguments.product;
+__device__ inline void fill_rows(const ProductArguments& arguments, const GroupedProduct& product,
+                                 RowTable<kRows>& table) {
   const MoePairs& pairs = product.pairs;
   const int64_t tile = blockIdx.x, m = threadIdx.x;
   const bool tokens = product.by_base && product.base_rows.kind == BaseRowKind::kTokens;
@@ -135,12 +136,11 @@ struct alignas(16) Stage {
 
 // Channels `first` to `end`, at most kDepth, of the block's rows of x and of its outputs' weights.
 template <typename Tile, typename Stored, bool kByChannel>
-__device__ inline void load_stage(const ProductArguments& arguments, const RowTable<Tile::kRows>& table,
+__device__ inline void load_stage(const GroupedProduct& product, const RowTable<Tile::kRows>& table,
                                   const GroupWeights<Stored>& weights, int64_t first_output, int64_t first, int64_t end,
                                   Stage<Tile, Stored, kByChannel>& stage) {
   using Element = typename Tile::Element;
   using TileStage = Stage<Tile, Stored, kByChannel>;
-  const GroupedProduct& product = arguments.product;
   constexpr int kChunk = 16 / static_cast<int>(sizeof(Element)), kChunks = Tile::kDepth / kChunk;
   const auto* x = static_cast<const Element*>(product.x);
   for (int i = threadIdx.x; i < Tile::kRows * kChunks; i += Tile::kThreads) {
@@ -257,15 +257,18 @@ __device__ inline bool sum_parts(const ProductArguments& arguments, Tile& tile, 
 }
 
 template <typename Tile, typename Stored, bool kByChannel>
-__global__ void __launch_bounds__(Tile::kThreads) grouped_product(ProductArguments arguments) {
+__global__ void __launch_bounds__(Tile::kThreads) grouped_product(const __grid_constant__ ProductArguments arguments) {
   using Element = typename Tile::Element;
   auto& shared = *reinterpret_cast<SharedProduct<Tile, Stored, kByChannel>*>(dynamic_shared());
-  fill_rows(arguments, shared.table);
+  const bool second = blockIdx.y >= arguments.first_output_tiles;
+  const GroupedProduct& product = arguments.products[second ? 1 : 0];
+  fill_rows(arguments, product, shared.table);
   if (shared.table.group < 0) {
     return;
   }
-  const GroupWeights<Stored> weights = weights_of<Stored>(arguments.product.weights, shared.table.group);
-  const int64_t first_output = static_cast<int64_t>(blockIdx.y) * Tile::kOutputs;
+  const GroupWeights<Stored> weights = weights_of<Stored>(product.weights, shared.table.group);
+  const uint32_t output_tile = blockIdx.y - (second ? arguments.first_output_tiles : 0);
+  const int64_t first_output = static_cast<int64_t>(output_tile) * Tile::kOutputs;
   if (first_output >= weights.outputs) {
     return;
   }
@@ -279,7 +282,7 @@ __global__ void __launch_bounds__(Tile::kThreads) grouped_product(ProductArgumen
   Tile tile;
   const auto load = [&](int step) {
     if (step < num_steps) {
-      load_stage(arguments, shared.table, weights, first_output, begin + static_cast<int64_t>(step) * Tile::kDepth, end,
+      load_stage(product, shared.table, weights, first_output, begin + static_cast<int64_t>(step) * Tile::kDepth, end,
                  shared.stages[step % Tile::kStages]);
     }
     close_copies();
@@ -301,8 +304,7 @@ __global__ void __launch_bounds__(Tile::kThreads) grouped_product(ProductArgumen
   }
   tile.visit([&](int m, int n, float& sum) {
     if (shared.table.row[m] >= 0 && first_output + n < weights.outputs) {
-      finish_and_store<Element>(arguments.product, shared.table, weights.u_start, weights.scale_start, m,
-                                first_output + n, sum);
+      finish_and_store<Element>(product, shared.table, weights.u_start, weights.scale_start, m, first_output + n, sum);
     }
   });
 }
@@ -319,7 +321,7 @@ cudaError_t launch_product(const ProductArguments& arguments, const ProductGrid&
 template <typename Tile>
 cudaError_t launch_product_with(const ProductArguments& arguments, const ProductGrid& grid, cudaStream_t stream) {
   using Element = typename Tile::Element;
-  const ProductWeights& weights = arguments.product.weights;
+  const ProductWeights& weights = arguments.products[0].weights;
   const auto kernel =
       weights.eight_bits
           ? (weights.by_channel ? &launch_product<Tile, int8_t, true> : &launch_product<Tile, int8_t, false>)

@@ -30,20 +30,26 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 int product_tile_rows(ElementType type, bool many_rows) { return tile_sizes(type, many_rows).rows; }
 
-ProductGrid product_grid(const GroupedProduct& product, bool many_rows, const ProductSize& size, int num_processors) {
-  const TileSizes tile = tile_sizes(product.type, many_rows);
+ProductGrid product_grid(const GroupedProduct* products, int count, bool many_rows, int num_processors) {
+  const GroupedProduct& first = products[0];
+  const TileSizes tile = tile_sizes(first.type, many_rows);
   ProductGrid grid{};
   grid.many_rows = many_rows;
-  const bool tokens = product.by_base && product.base_rows.kind == BaseRowKind::kTokens;
-  grid.row_tiles = product.sorted != nullptr ? product.sorted->num_tiles
-                   : tokens                  ? divide_up(product.pairs.num_tokens, tile.rows)
-                                             : product.pairs.count();
-  grid.output_tiles = divide_up(size.most_outputs, tile.outputs);
+  const bool tokens = first.by_base && first.base_rows.kind == BaseRowKind::kTokens;
+  grid.row_tiles = first.sorted != nullptr ? first.sorted->num_tiles
+                   : tokens                ? divide_up(first.pairs.num_tokens, tile.rows)
+                                           : first.pairs.count();
+  grid.first_output_tiles = divide_up(first.size.most_outputs, tile.outputs);
+  int64_t busy_blocks = 0, channels = 0;
+  for (const GroupedProduct* product = products; product != products + count; ++product) {
+    grid.output_tiles += divide_up(product->size.most_outputs, tile.outputs);
+    busy_blocks += grid.row_tiles * divide_up(product->size.likely_outputs, tile.outputs);
+    channels = std::max(channels, product->size.likely_channels);
+  }
   grid.splits = 1;
-  const int64_t busy_blocks = grid.row_tiles * divide_up(size.likely_outputs, tile.outputs);
   if (!many_rows && busy_blocks > 0) {
     const int64_t wanted = num_processors * kBlocksPerProcessor / busy_blocks;
-    const int64_t possible = divide_up(size.likely_channels, tile.depth) / kStepsEach;
+    const int64_t possible = divide_up(channels, tile.depth) / kStepsEach;
     grid.splits = std::clamp<int64_t>(std::min(wanted, possible), 1, kMostSplits);
   }
   if (grid.splits > 1) {
@@ -53,22 +59,26 @@ ProductGrid product_grid(const GroupedProduct& product, bool many_rows, const Pr
   return grid;
 }
 
-cudaError_t launch_grouped_product(const GroupedProduct& product, const ProductGrid& grid, float* partial,
-                                   int32_t* counters, cudaStream_t stream) {
+cudaError_t launch_grouped_products(const GroupedProduct* products, int count, const ProductGrid& grid, float* partial,
+                                    int32_t* counters, cudaStream_t stream) {
   ProductArguments arguments{};
-  arguments.product = product;
-  arguments.product.sorted = nullptr;  // the host's own
-  if (product.sorted != nullptr) {
-    arguments.order = product.sorted->order;
-    arguments.offsets = product.sorted->offsets;
-    arguments.tiles = product.sorted->tiles;
+  const SortedRows* sorted = products[0].sorted;
+  for (int i = 0; i < count; ++i) {
+    arguments.products[i] = products[i];
+    arguments.products[i].sorted = nullptr;  // the host's own
+  }
+  if (sorted != nullptr) {
+    arguments.order = sorted->order;
+    arguments.offsets = sorted->offsets;
+    arguments.tiles = sorted->tiles;
   }
   arguments.partial = partial;
   arguments.counters = counters;
   arguments.splits = static_cast<int32_t>(grid.splits);
-  const auto launch_it = product.type == ElementType::kBFloat16  ? &launch_bfloat16_product
-                         : product.type == ElementType::kFloat16 ? &launch_float16_product
-                                                                 : &launch_float32_product;
+  arguments.first_output_tiles = static_cast<uint32_t>(grid.first_output_tiles);
+  const auto launch_it = products[0].type == ElementType::kBFloat16  ? &launch_bfloat16_product
+                         : products[0].type == ElementType::kFloat16 ? &launch_float16_product
+                                                                     : &launch_float32_product;
   return launch_it(arguments, grid, stream);
 }
 

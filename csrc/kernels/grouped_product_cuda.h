@@ -54,6 +54,13 @@ struct ProductFinish {
   int64_t bias_stride;
 };
 
+// Ranks are not known on the host: a bound, which blocks are started for, and guesses, which only decide on splits.
+struct ProductSize {
+  int64_t most_outputs;
+  int64_t likely_outputs;
+  int64_t likely_channels;
+};
+
 struct GroupedProduct {
   ElementType type;  // of x and out
   MoePairs pairs;
@@ -68,14 +75,19 @@ struct GroupedProduct {
   ProductFinish finish;
   void* out;
   int64_t out_stride;
+  ProductSize size;
 };
 
-// How a product is cut; the same numbers size its workspace.
+// Up to two products of the same rows and the same form of weights run at once, as gate's and up's factors do.
+constexpr int kMostProducts = 2;
+
+// How products are cut; the same numbers size their workspace.
 struct ProductGrid {
   bool many_rows;  // tiles of many rows, for products that arithmetic bounds; else of few, which memory bounds
   int64_t row_tiles;
-  int64_t output_tiles;
-  int64_t splits;  // of the channels: parts that are summed up at the end, in order
+  int64_t first_output_tiles;  // of the first product
+  int64_t output_tiles;        // of all
+  int64_t splits;              // of the channels: parts that are summed up at the end, in order
   int64_t partial_floats;
   int64_t counters;
 };
@@ -83,17 +95,10 @@ struct ProductGrid {
 // Rows of a tile; rows must be sorted by tiles of as many.
 int product_tile_rows(ElementType type, bool many_rows);
 
-// Ranks are not known on the host: a bound, which blocks are started for, and guesses, which only decide on splits.
-struct ProductSize {
-  int64_t most_outputs;
-  int64_t likely_outputs;
-  int64_t likely_channels;
-};
-
-ProductGrid product_grid(const GroupedProduct& product, bool many_rows, const ProductSize& size, int num_processors);
+ProductGrid product_grid(const GroupedProduct* products, int count, bool many_rows, int num_processors);
 
 // partial [partial_floats]; counters [counters], 0 before and after.
-cudaError_t launch_grouped_product(const GroupedProduct& product, const ProductGrid& grid, float* partial,
-                                   int32_t* counters, cudaStream_t stream);
+cudaError_t launch_grouped_products(const GroupedProduct* products, int count, const ProductGrid& grid, float* partial,
+                                    int32_t* counters, cudaStream_t stream);
 
 }  // namespace d2moe::kernels

@@ -47,20 +47,25 @@ GroupedProduct product_of(const PairsCall& call, const BaseRows& rows, bool by_b
   return product;
 }
 
-void run(PairsCall& call, GroupedProduct& product, void* out, int64_t out_stride, const kernels::ProductSize& size) {
-  product.out = out;
-  product.out_stride = out_stride;
-  const kernels::SortedRows* sorted = product.sorted;
+// Where a product goes: columns of `out` from `first` on.
+void set_output(GroupedProduct& product, const at::Tensor& out, int64_t first) {
+  product.out = static_cast<std::byte*>(out.data_ptr()) + first * out.element_size();
+  product.out_stride = out.stride(0);
+}
+
+void run(PairsCall& call, at::ArrayRef<GroupedProduct> products) {
+  const kernels::SortedRows* sorted = products.front().sorted;
   const bool many = sorted != nullptr && sorted->tile_rows != kernels::product_tile_rows(call.type, false);
-  const kernels::ProductGrid grid = kernels::product_grid(product, many, size, call.context.num_processors());
+  const int count = static_cast<int>(products.size());
+  const kernels::ProductGrid grid = kernels::product_grid(products.data(), count, many, call.context.num_processors());
   at::Tensor partial, counters;
   if (grid.splits > 1) {
     partial = at::empty({grid.partial_floats}, call.options.dtype(at::kFloat));
     counters = call.counters(grid.counters);
   }
-  check_cuda(kernels::launch_grouped_product(product, grid, grid.splits > 1 ? partial.data_ptr<float>() : nullptr,
-                                             grid.splits > 1 ? counters.data_ptr<int32_t>() : nullptr,
-                                             call.context.stream()));
+  check_cuda(kernels::launch_grouped_products(
+      products.data(), count, grid, grid.splits > 1 ? partial.data_ptr<float>() : nullptr,
+      grid.splits > 1 ? counters.data_ptr<int32_t>() : nullptr, call.context.stream()));
 }
 
 // The places, among the kept columns, of the `keep` that weigh most for the rows of each base: [num_bases, keep].
@@ -173,8 +178,9 @@ void multiply_bases(PairsCall& call, const BaseGroup& group, const BaseRows& row
     product.finish.bias = group.bias->const_data_ptr();
     product.finish.bias_stride = group.bias->stride(0);
   }
-  run(call, product, out.data_ptr(), out.stride(0),
-      {group.out_features(), group.out_features(), product.weights.channels});
+  product.size = {group.out_features(), group.out_features(), product.weights.channels};
+  set_output(product, out, 0);
+  run(call, product);
 }
 
 bool uses_library(const PairsCall& call, const BaseRows& rows) {
@@ -205,17 +211,13 @@ int64_t likely_rank(const PairsCall& call, const kernels::DeltaLists& lists) {
   return std::min(lists.most_rank, (lists.u_rows + call.pairs.num_experts - 1) / call.pairs.num_experts);
 }
 
-// V x of every pair, times U's scales where it has them: [num_pairs, most_rank], of which each row has its expert's
-// rank.
-at::Tensor inner_products(PairsCall& call, const Delta& delta, const CudaSource& source) {
+// V x of every pair, times U's scales where it has them, into inner [num_pairs, most_rank], of which each row has its
+// expert's rank. A pivoted V multiplies `multiplied`, which this makes.
+GroupedProduct inner_product(PairsCall& call, const Delta& delta, const CudaSource& source, CudaSource& multiplied,
+                             const at::Tensor& inner) {
   const kernels::DeltaLists lists = delta_lists(delta);
-  constexpr int64_t kAligned = 8;
-  const at::Tensor inner = call.empty(call.pairs.count(), (lists.most_rank + kAligned - 1) / kAligned * kAligned);
-  if (lists.most_rank == 0) {
-    return inner;
-  }
-  CudaSource multiplied = source;
-  if (lists.pivoted) {
+  multiplied = source;
+  if (lists.pivoted && lists.most_rank > 0) {
     multiplied = {call.empty(call.pairs.count(), lists.in_features), 1};
     check_cuda(kernels::launch_rest_of_pivots(
         {call.type, call.pairs, source.x.const_data_ptr(), source.x.stride(0), source.rows_per_x, lists,
@@ -238,7 +240,23 @@ at::Tensor inner_products(PairsCall& call, const Delta& delta, const CudaSource&
     product.finish.v_scale = delta.v_scale->const_data_ptr();
     product.finish.u_scale = delta.u_scale->const_data_ptr();
   }
-  run(call, product, inner.data_ptr(), inner.stride(0), {lists.most_rank, likely_rank(call, lists), lists.in_features});
+  product.size = {lists.most_rank, likely_rank(call, lists), lists.in_features};
+  set_output(product, inner, 0);
+  return product;
+}
+
+// What all deltas of a group give between V and U, in one launch.
+std::vector<at::Tensor> inner_products(PairsCall& call, at::ArrayRef<Delta> deltas, const CudaSource& source) {
+  constexpr int64_t kAligned = 8;
+  std::vector<CudaSource> multiplied(deltas.size());
+  std::vector<at::Tensor> inner;
+  std::vector<GroupedProduct> products;
+  for (const Delta& delta : deltas) {
+    const int64_t most_rank = delta_lists(delta).most_rank;
+    inner.push_back(call.empty(call.pairs.count(), (most_rank + kAligned - 1) / kAligned * kAligned));
+    products.push_back(inner_product(call, delta, source, multiplied[products.size()], inner.back()));
+  }
+  run(call, products);
   return inner;
 }
 
@@ -252,21 +270,20 @@ GroupedProduct outer_product(const PairsCall& call, const BaseRows& rows, const 
   product.weights.outputs = delta.u.size(1);
   product.weights.part = WeightPart::kU;
   product.weights.lists = delta_lists(delta);
+  product.size = {delta.u.size(1), delta.u.size(1), likely_rank(call, product.weights.lists)};
   return product;
 }
 
 // Adds base's output and bias, from their column `first` on, to the outputs of `product`, which `out` takes from there.
-void finish_pairs(PairsCall& call, GroupedProduct& product, const BaseGroup& group, const at::Tensor& base_output,
-                  int64_t first, const at::Tensor& out) {
+void add_base(GroupedProduct& product, const BaseGroup& group, const at::Tensor& base_output, int64_t first,
+              const at::Tensor& out) {
   product.finish.base_output = element_at(base_output, first);
   product.finish.base_stride = base_output.stride(0);
   if (group.bias.has_value()) {
     product.finish.bias = element_at(*group.bias, first);
     product.finish.bias_stride = group.bias->stride(0);
   }
-  void* begin = static_cast<std::byte*>(out.data_ptr()) + first * out.element_size();
-  const int64_t outputs = product.weights.outputs;
-  run(call, product, begin, out.stride(0), {outputs, outputs, likely_rank(call, product.weights.lists)});
+  set_output(product, out, first);
 }
 
 }  // namespace
@@ -288,25 +305,31 @@ void pair_products(PairsCall& call, const BaseGroup& group, const BaseRows& rows
     return;
   }
   const at::Tensor base_output = base_products(call, group, rows, source);
-  int64_t first = 0;
-  for (const Delta& delta : deltas) {
-    const at::Tensor inner = inner_products(call, delta, source);
-    GroupedProduct product = outer_product(call, rows, delta, {inner, 1});
-    finish_pairs(call, product, group, base_output, first, out);
-    first += delta.u.size(1);
-  }
   if (deltas.empty()) {
     GroupedProduct nothing = product_of(call, rows, false, {base_output, 1});  // of no channels: only what is added
     nothing.weights.outputs = group.out_features();
-    finish_pairs(call, nothing, group, base_output, 0, out);
+    nothing.size = {group.out_features(), group.out_features(), 0};
+    add_base(nothing, group, base_output, 0, out);
+    run(call, nothing);
+    return;
   }
+  const std::vector<at::Tensor> inner = inner_products(call, deltas, source);
+  std::vector<GroupedProduct> products;
+  int64_t first = 0;
+  for (const Delta& delta : deltas) {
+    products.push_back(outer_product(call, rows, delta, {inner[products.size()], 1}));
+    add_base(products.back(), group, base_output, first, out);
+    first += delta.u.size(1);
+  }
+  run(call, products);
 }
 
 at::Tensor delta_products(PairsCall& call, const Delta& delta, const CudaSource& source) {
-  const at::Tensor inner = inner_products(call, delta, source), out = call.empty(call.pairs.count(), delta.u.size(1));
-  GroupedProduct product = outer_product(call, {}, delta, {inner, 1});
-  const int64_t outputs = product.weights.outputs;
-  run(call, product, out.data_ptr(), out.stride(0), {outputs, outputs, likely_rank(call, product.weights.lists)});
+  const std::vector<at::Tensor> inner = inner_products(call, delta, source);
+  const at::Tensor out = call.empty(call.pairs.count(), delta.u.size(1));
+  GroupedProduct product = outer_product(call, {}, delta, {inner.front(), 1});
+  set_output(product, out, 0);
+  run(call, product);
   return out;
 }
 
