@@ -42,6 +42,75 @@ def gpu_layer_row(contender: str, **changes: Any) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("group", "threads", "saved_ms")} | changes
 
 
+def part_row(part: str, **measured: Any) -> dict[str, Any]:
+    about = {"job": "a job", "table": "part", "part": part, "shape": "Mixtral-8x7B", "layer": None, "tokens": 4096, "case": ""}
+    names = (
+        "floor_us",
+        "call_us",
+        "call_share",
+        "own_us",
+        "own_share",
+        "own_each_us",
+        "own_note",
+        "over_all",
+        "contains",
+        "note",
+    )
+    return about | dict.fromkeys(names) | measured
+
+
+def part_rows() -> list[dict[str, Any]]:
+    low_rank = {"rank": 256, "pairs": 8192, "case": "8,192 pairs", "contains": "zeros"}
+    sparse = {"contains": "zeros", "channels": 4096, "tokens": 1}
+    layer = "throughput 0.6, dynamic"
+    times = {
+        "floor_us": 170.0,
+        "call_us": 900.0,
+        "call_share": 0.2,
+        "own_us": 250.0,
+        "own_share": 0.66,
+        "own_each_us": [100.0, 150.0],
+    }
+    return [
+        part_row("low-rank products", **low_rank, **times),
+        part_row("sparse base", **sparse, keep=4096, call_us=80.0, call_share=0.9, case="all"),
+        part_row("sparse base", **sparse, keep=2048, call_us=50.0, call_share=0.7, over_all=0.625, case="half"),
+        part_row("routing", layer=layer, tokens=64, own_us=8.0, case="sort_rows"),
+        part_row("routing", layer="uncompressed", tokens=64, own_us=11.0, case="sort_rows"),
+        part_row("gated activation", layer=layer, own_us=100.0, own_share=0.85, case="weighted_activation"),
+        part_row("sum over experts", layer=layer, own_note="failed: no kernel", case="combine_tokens"),
+        part_row("sum over experts", layer=layer, tokens=64, own_us=3.0, own_share=1.2, case="combine_tokens"),
+        {"job": "part, sparse base", "table": "part", "note": "failed: no memory"},
+    ]
+
+
+def profile_row(layer: str, tokens: int, *kernels: tuple[str, int, float], **changes: Any) -> dict[str, Any]:
+    """Of kernels by whole name, runs and microseconds."""
+    busy = sum(time for _, _, time in kernels)
+    found = [{"name": name, "calls": calls, "us": time, "share": time / busy} for name, calls, time in kernels]
+    about = {"job": "profile, Mixtral-8x7B", "table": "profile", "shape": "Mixtral-8x7B", "layer": layer, "tokens": tokens}
+    return about | {"note": None, "forwards": 9, "busy_us": busy, "span_us": 2 * busy, "kernels": found} | changes
+
+
+PRODUCT = "void d2moe::kernels::grouped_product<d2moe::kernels::{}, __nv_bfloat16, false>(d2moe::kernels::ProductArguments)"
+FEW = PRODUCT.format("(anonymous namespace)::TensorTile<__nv_bfloat16, 16, 1, 4, 64, 4>")
+MANY = PRODUCT.format("(anonymous namespace)::TensorTile<__nv_bfloat16, 128, 2, 4, 32, 4>")
+SORT = "d2moe::kernels::(anonymous namespace)::sort_rows(d2moe::kernels::MoePairs, int)"
+FILL = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul> >(int)"
+
+
+def profile_rows() -> list[dict[str, Any]]:
+    layer = "throughput 0.6, dynamic"
+    failed = {"job": "profile, Mixtral-8x7B", "table": "profile", "shape": "Mixtral-8x7B", "layer": None, "tokens": 512}
+    return [
+        profile_row(layer, 64, (MANY, 2, 60.0), (SORT, 1, 39.5), (FILL, 1, 0.5)),
+        profile_row(layer, 1, (FEW, 6, 50.0)),
+        profile_row("uncompressed", 4, (FEW, 3, 50.0), (SORT, 1, 10.0)),
+        failed | {"note": "failed: the profiling process: exit code -11"},
+        {"job": "profile, Qwen3-30B-A3B", "table": "profile", "note": "failed: lost"},
+    ]
+
+
 def bench_record() -> dict[str, Any]:
     def operator(name: str, case: str, **measured: Any) -> dict[str, Any]:
         about = {"job": f"operator, {name}, {case}", "table": "operator", "operator": name, "case": case}
@@ -62,4 +131,4 @@ def bench_record() -> dict[str, Any]:
         *(row | {"table": "layer"} for row in layers),
         {"job": "layer, Qwen3-30B-A3B, 1", "table": "layer", "note": "failed: lost"},
     ]
-    return {"kind": "gpu-bench", **ABOUT, "rows": rows}
+    return {"kind": "gpu-bench", **ABOUT, "rows": [*rows, *part_rows(), *profile_rows()]}

@@ -6,12 +6,13 @@ import json
 
 import pytest
 from bench_helpers import layer_row, record
-from gpu_records import bench_record, check_record, gpu_layer_row
+from gpu_records import FILL, bench_record, check_record, gpu_layer_row, part_row, part_rows, profile_row, profile_rows
 
 from benchmarks.performance import __main__ as program
 from benchmarks.performance.claims import all_verdicts
 from benchmarks.performance.gpu import gpu_section
-from benchmarks.performance.gpu_claims import layer_verdicts
+from benchmarks.performance.gpu_claims import layer_verdicts, part_verdicts
+from benchmarks.performance.kernel_names import short_names
 from benchmarks.performance.page import page, write_page
 from benchmarks.performance.records import read_gpu_records, read_records, rows_of
 
@@ -208,6 +209,90 @@ def test_gpu_bench(tmp_path):
     assert "- batched_mm, 1 token: failed: too large" in text
     assert "| throughput 0.6, dynamic | 1 · 0.00100 |" in text
     assert "- layer, Qwen3-30B-A3B, 1: failed: lost" in text
+
+
+def test_parts_and_profiles_of_a_gpu(tmp_path):
+    text = gpu_section([bench_record()], tmp_path)
+    row = "| low-rank products | Mixtral-8x7B, 8,192 pairs | 170 | 900 | 20% | 250 = 100 + 150 | 66% |"
+    assert row in text
+    assert "| sum over experts | Mixtral-8x7B, throughput 0.6, dynamic, 64 tokens | – | – | – | 3.00 | 120% |" in text
+    assert text.count("- sparse base: the call runs also zeros.") == 1
+    assert "- sum over experts, Mixtral-8x7B, throughput 0.6, dynamic, combine_tokens: failed: no kernel" in text
+    assert (
+        "#### Mixtral-8x7B, throughput 0.6, dynamic: kernels of a forward\n\n| runs · µs · share | 1 token | 64 tokens |"
+        in text
+    )
+    assert "| all kernels | 50.0 of 100 | 100 of 200 |" in text
+    assert "| `grouped_product<16 1 64>` | 6 · 50.0 · 100% | – |" in text
+    assert "| `grouped_product<128 2 32>` | – | 2 · 60.0 · 60% |" in text
+    assert line_of(text, "others") == "| others | – | 1 · 0.500 · 0% |"
+    assert "- profile, Mixtral-8x7B, 512 tokens: failed: the profiling process: exit code -11" in text
+    assert "- profile, Qwen3-30B-A3B: failed: lost" in text
+    assert "- part, sparse base: failed: no memory" in text
+
+
+def part_claims(rows, profiles=()):
+    return {verdict.claim: (verdict.holds, verdict.numbers) for verdict in part_verdicts(rows, list(profiles))}
+
+
+def test_claims_on_parts():
+    found = part_claims([row for row in part_rows() if "part" in row], [row for row in profile_rows() if "shape" in row])
+    low_rank = "low-rank products, 8,192 pairs, ranks about 256 and more: at least 60% of the rate of products in bfloat16"
+    layer = "throughput 0.6, dynamic"
+    assert found == {
+        "routing, 64 tokens: sorted in at most 10 µs": (False, "1 of 2; farthest 11.0 µs (uncompressed, sort_rows)"),
+        low_rank: (True, "1 of 1; farthest 66% (8,192 pairs)"),
+        "sparse base, at most 16 tokens: at least 75% of the bandwidth": (False, "1 of 2; farthest 70% (half)"),
+        "sparse base, half of the channels: at most 0.6 times the time of all": (False, "0 of 1; farthest 0.62 times (half)"),
+        "gated activation, 4,096 tokens: at least 80% of the copy bandwidth": (
+            True, f"1 of 1; farthest 85% ({layer}, weighted_activation)"
+        ),
+        "sum over experts, 4,096 tokens: at least 80% of the copy bandwidth": (
+            False, f"0 of 1; farthest not measured ({layer}, combine_tokens)"
+        ),
+        "routing, at most 4 tokens: nothing is sorted": (False, "1 of 2; sorted: uncompressed"),
+    }  # fmt: skip
+
+
+def test_claims_on_parts_at_their_limits():
+    sizes = {"rank": 512, "pairs": 8192, "case": "a"}
+    (claim,) = part_claims([part_row("low-rank products", **sizes, call_share=0.61, own_note="failed: no profiler")]).values()
+    assert claim == (True, "1 of 1; farthest 61% of the whole call (a)")
+    (claim,) = part_claims([part_row("low-rank products", **sizes, call_share=0.61, own_share=0.59)]).values()
+    assert claim == (False, "1 of 1; farthest 59% (a)".replace("1 of", "0 of", 1))
+    (claim,) = part_claims([part_row("low-rank products", rank=256, case=None, note="failed: no memory")]).values()
+    assert claim == (False, "0 of 1; farthest not measured ()")
+    assert part_claims([part_row("low-rank products", rank=128, own_share=0.9)]) == {}
+    half = part_row("sparse base", tokens=16, keep=2, channels=4, call_share=0.75, over_all=0.6)
+    assert [holds for holds, _ in part_claims([half]).values()] == [True, True]
+    assert part_claims([], [profile_row("a", 5, ("sort_rows", 1, 1.0))]) == {}
+    unsorted = part_claims([], [profile_row("a", 4, ("b", 1, 1.0)), profile_rows()[3]])
+    assert list(unsorted.values()) == [(True, "1 of 1")]
+
+
+def test_short_names_of_kernels():
+    gemv = "std::enable_if<!(T7), void>::type internal::gemvx::kernel<int, int, __nv_bfloat16, (bool)0>(T13)"
+    names = {
+        "d2moe::kernels::(anonymous namespace)::sort_rows(d2moe::kernels::MoePairs, int)": "sort_rows",
+        "void d2moe::<unnamed>::combine_tokens<__nv_bfloat16, 8>(d2moe::CombineTokens)": "combine_tokens",
+        "void (anonymous namespace)::softmax<float>(float (*)(float))": "softmax",
+        "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT": "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_gemm>(cutlass_80_tensorop_bf16_gemm::Params)": "Kernel2<"
+        "cutlass_80_tensorop_bf16_gemm>",
+        gemv: "kernel<int int __nv_bfloat16 bool 0>",
+        "Memcpy DtoD (Device -> Device)": "Memcpy DtoD (Device -> Device)",
+        "Memset (Device)": "Memset (Device)",
+        "_ZN5d2moe9base_sumsE": "_ZN5d2moe9base_sumsE",
+        FILL: "vectorized_elementwise_kernel<4 FillFunctor int array char …",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::Cast<long>>(int)": "vectorized_elementwise_kernel<"
+        "4 Cast long>",
+    }
+    assert short_names(names) == names
+    assert short_names([FILL]) == {FILL: "vectorized_elementwise_kernel"}
+    long = {f"void a<{'b' * 80}, {n}>(c)": None for n in range(3)}
+    shorts = list(short_names([*long, "void a()"]).values())
+    assert len(set(shorts)) == 4
+    assert all(len(short) <= 63 for short in shorts)
 
 
 def gpu_claim(rows, part):

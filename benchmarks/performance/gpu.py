@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks.performance.claims import counted
 from benchmarks.performance.gpu_claims import layer_verdicts, operator_aim
+from benchmarks.performance.gpu_parts import part_sections
 from benchmarks.performance.records import GPU_BENCH, GPU_CHECK, Row
-from benchmarks.performance.tables import digits, layer_cell, remarks, table, verdicts_table
+from benchmarks.performance.tables import digits, first_line, layer_cell, remarks, table, verdicts_table
 from d2moe_ext import ops
 from tools.gpu_verdicts import GROUPS, NO_KERNEL, PASSED
 
@@ -70,7 +71,7 @@ def _check(record: Record) -> list[str]:
     )
     of_operators = {f"tests: {group}" for group, operators in GROUPS.items() if operators}
     others = [step for step in record["steps"] if step["name"] not in of_operators]
-    lines = [[step["name"], PASSED if step["passed"] else "**failed**", _first_line(step["detail"])] for step in others]
+    lines = [[step["name"], PASSED if step["passed"] else "**failed**", first_line(step["detail"])] for step in others]
     steps = table(["step", "", ""], lines, "---")
     sections = [heading, _CHECKED, _origin(record), operators, steps]
     if not record["complete"]:
@@ -87,7 +88,7 @@ def _checked(record: Record, operator: str) -> list[str]:
     verdict = ", ".join(counts) or "none"
     if step is None or not step["passed"]:
         verdict = f"**{verdict}: {'not run' if step is None else 'failed'}**"
-    return [operator, "not written" if kernel == NO_KERNEL else _first_line(kernel), verdict]
+    return [operator, "not written" if kernel == NO_KERNEL else first_line(kernel), verdict]
 
 
 def _bench(record: Record) -> list[str]:
@@ -97,8 +98,9 @@ def _bench(record: Record) -> list[str]:
     operators = [row for row in rows if row["table"] == "operator"]
     if operators:
         sections.append(_operator_table(operators))
+    sections += part_sections(rows)
     layers = [row for row in rows if row["table"] == "layer"]
-    failed = [f"- {row['job']}: {_first_line(row['note'])}" for row in layers if "contender" not in row]
+    failed = [f"- {row['job']}: {first_line(row['note'])}" for row in layers if "contender" not in row]
     layers = [row for row in layers if "contender" in row]
     if layers:
         sections += [verdicts_table(layer_verdicts(layers)), _LAYERS]
@@ -119,10 +121,10 @@ def _operator_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         if "operator" not in row:
-            lines.append([row["job"].removeprefix("operator, "), "–", "–", "–", _first_line(row["note"])])
+            lines.append([row["job"].removeprefix("operator, "), "–", "–", "–", first_line(row["note"])])
             continue
         aim, holds = operator_aim(row)
-        verdict = _first_line(row["note"]) if row["note"] else "holds" if holds else "**does not hold**"
+        verdict = first_line(row["note"]) if row["note"] else "holds" if holds else "**does not hold**"
         time = "–" if row["median_ms"] is None else digits(row["median_ms"])
         lines.append([f"{row['operator']}, {row['case']}", time, _reached(row), aim, verdict])
     return table(["operator", "ms", "reached", "aim", ""], lines, "---")
@@ -156,7 +158,3 @@ def _layer_tables(shape: str, rows: list[Row]) -> list[str]:
 
 def _layer_of(row: Row) -> str:
     return f"{row['layer']}, dynamic" if row["dynamic"] else row["layer"]
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0].replace("|", "\\|")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from benchmarks.performance.claims import Verdict, counted
 from benchmarks.performance.records import Row
@@ -26,6 +27,124 @@ SPEEDS = {
 }
 PLAIN, PLAIN_SLOWER = "plain", 0.05
 DECODE_SHARE = 0.75
+
+# Of the parts of a forward. What is moved between products is held against copying only where it exceeds the caches.
+SORT_TOKENS, SORT_MICROSECONDS, UNSORTED_TOKENS = 64, 10.0, 4
+LOW_RANK_SHARE, LOW_RANK_PAIRS, LOW_RANK_LEAST = 0.60, 8192, 256
+SPARSE_SHARE, SPARSE_TOKENS, SPARSE_HALF = 0.75, 16, 0.6
+MOVING_SHARE, MOVING_TOKENS = 0.80, 4096
+MOVING_PARTS = ("gated activation", "gate-weighted sum for the base", "sum over experts")
+
+
+@dataclass(frozen=True)
+class PartAim:
+    """What rows of parts are meant to reach.
+
+    Attributes:
+        claim: in words.
+        judged: which rows are.
+        score: what a row reached over what it is meant to, from 1 on where it does; None where it was not measured.
+        shown: what it reached.
+    """
+
+    claim: str
+    judged: Callable[[Row], bool]
+    score: Callable[[Row], float | None]
+    shown: Callable[[Row], str]
+
+
+def _low_rank_share(row: Row) -> float | None:
+    """Of the products' own kernels: the call around them writes more than they do."""
+    share: float | None = row["own_share"] if row["own_share"] is not None else row["call_share"]
+    return share
+
+
+def _over(value: float | None, limit: float) -> float | None:
+    return None if value is None else value / limit
+
+
+def _under(value: float | None, limit: float) -> float | None:
+    return None if not value else limit / value
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def _moving_aim(part: str) -> PartAim:
+    return PartAim(
+        f"{part}, {counted(MOVING_TOKENS)}: at least {MOVING_SHARE:.0%} of the copy bandwidth",
+        lambda row: row["part"] == part and row["tokens"] == MOVING_TOKENS,
+        lambda row: _over(row["own_share"], MOVING_SHARE),
+        lambda row: _percent(row["own_share"]),
+    )
+
+
+PART_AIMS = (
+    PartAim(
+        f"routing, {counted(SORT_TOKENS)}: sorted in at most {SORT_MICROSECONDS:g} µs",
+        lambda row: row["part"] == "routing" and row["tokens"] == SORT_TOKENS,
+        lambda row: _under(row["own_us"], SORT_MICROSECONDS),
+        lambda row: f"{row['own_us']:.1f} µs",
+    ),
+    PartAim(
+        f"low-rank products, {LOW_RANK_PAIRS:,} pairs, ranks about {LOW_RANK_LEAST} and more: "
+        f"at least {LOW_RANK_SHARE:.0%} of the rate of products in bfloat16",
+        lambda row: (
+            row["part"] == "low-rank products"
+            and row["rank"] >= LOW_RANK_LEAST
+            and row.get("pairs", LOW_RANK_PAIRS) >= LOW_RANK_PAIRS
+        ),
+        lambda row: _over(_low_rank_share(row), LOW_RANK_SHARE),
+        lambda row: _percent(_low_rank_share(row) or 0.0) + ("" if row["own_share"] is not None else " of the whole call"),
+    ),
+    PartAim(
+        f"sparse base, at most {counted(SPARSE_TOKENS)}: at least {SPARSE_SHARE:.0%} of the bandwidth",
+        lambda row: row["part"] == "sparse base" and row["tokens"] is not None and row["tokens"] <= SPARSE_TOKENS,
+        lambda row: _over(row["call_share"], SPARSE_SHARE),
+        lambda row: _percent(row["call_share"]),
+    ),
+    PartAim(
+        f"sparse base, half of the channels: at most {SPARSE_HALF:g} times the time of all",
+        lambda row: row["part"] == "sparse base" and 2 * row["keep"] == row["channels"],
+        lambda row: _under(row["over_all"], SPARSE_HALF),
+        lambda row: f"{row['over_all']:.2f} times",
+    ),
+    *map(_moving_aim, MOVING_PARTS),
+)
+
+
+def part_verdicts(rows: list[Row], profiles: list[Row]) -> list[Verdict]:
+    """Every claim on parts that the measured rows allow to judge.
+
+    Args:
+        rows: of parts.
+        profiles: of forwards, which tell where nothing was sorted.
+    """
+    verdicts = [
+        _part_verdict(aim, shape, found)
+        for aim in PART_AIMS
+        for shape in _shapes(rows)
+        if (found := [row for row in rows if row["shape"] == shape and aim.judged(row)])
+    ]
+    return verdicts + list(_unsorted([row for row in profiles if row["note"] is None and row["tokens"] <= UNSORTED_TOKENS]))
+
+
+def _part_verdict(aim: PartAim, shape: str, rows: list[Row]) -> Verdict:
+    scores = [aim.score(row) or 0.0 for row in rows]
+    reached, place = sum(score >= 1 for score in scores), scores.index(min(scores))
+    worst = rows[place]
+    shown = "not measured" if scores[place] == 0.0 else aim.shown(worst)
+    where = ", ".join(filter(None, (worst["layer"], worst["case"])))
+    return Verdict(aim.claim, shape, f"{reached} of {len(rows)}; farthest {shown} ({where})", reached == len(rows))
+
+
+def _unsorted(profiles: list[Row]) -> Iterator[Verdict]:
+    for shape in _shapes(profiles):
+        found = [row for row in profiles if row["shape"] == shape]
+        sorting = [row["layer"] for row in found if any("sort_rows" in kernel["name"] for kernel in row["kernels"])]
+        numbers = f"{len(found) - len(sorting)} of {len(found)}" + "".join(f"; sorted: {layer}" for layer in sorting)
+        yield Verdict(f"routing, at most {counted(UNSORTED_TOKENS)}: nothing is sorted", shape, numbers, not sorting)
 
 
 def operator_aim(row: Row) -> tuple[str, bool]:

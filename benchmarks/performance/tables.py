@@ -40,3 +40,8 @@ def remarks(rows: list[Row]) -> str:
     """Why cells are empty."""
     notes = dict.fromkeys(f"- {row['contender']}, {counted(row['tokens'])}: {row['note']}" for row in rows if row["note"])
     return "\n\n" + "\n".join(notes) if notes else ""
+
+
+def first_line(text: str) -> str:
+    """Of a note, as a table's cell may hold it."""
+    return text.partition("\n")[0].replace("|", "\\|")
