@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import ceilings, jobs, layers, operators, whitened
+from benchmarks.gpu import ceilings, jobs, layers, operators, part_calls, parts, whitened
 from benchmarks.gpu.jobs import GpuLostError, Job, all_jobs, resume, run_jobs
 from benchmarks.gpu.timing import GRAPH, L2Flush, Stopwatch
 from benchmarks.performance.gpu import gpu_section
@@ -37,7 +37,14 @@ def watch(monkeypatch):
     monkeypatch.setattr(operators, "FEATURES", 24)
     monkeypatch.setattr(operators, "WEIGHT", (24, 16))
     monkeypatch.setattr(layers, "BUDGET", Budget(3, 0.01, 3))
-    return Stopwatch("cpu", L2Flush("cpu", 2**12), wall_seconds, wall_seconds, replayed, 2**34)
+    return Stopwatch("cpu", L2Flush("cpu", 2**12), wall_seconds, wall_seconds, replayed, 2**34, fake_profiles)
+
+
+def fake_profiles(subjects):
+    """A kernel for each; the layers' is one of those that are parts."""
+    call = [["void d2moe_ext::weighted_activation<8>(int)", 1.0, 5.0]]
+    about = {"layer": "throughput 0.6, dynamic", "note": None, "calls": [call] * 3, "moved": {"weighted_activation": 100}}
+    return [{"subject": subject} | about for subject in subjects]
 
 
 def record_of(commit=COMMIT, torch_version="2.11"):
@@ -136,6 +143,9 @@ def test_the_most_telling_rows_come_first(watch):
     assert len(set(names)) == len(names)
     assert sum(name.startswith("layer") for name in names) == 5 * len(layers.TOKENS)
     assert sum("whitened_svd" in name for name in names) == len(whitened.STACKS)
+    found = ["part, low-rank products", "part, sparse base", "profile, Mixtral-8x7B", "profile, Qwen3-30B-A3B"]
+    start = names.index(found[0])
+    assert names[start - 1 : start + 4] == [wanted[-1], *found]
 
 
 @pytest.mark.usefixtures("tiny_shapes")
@@ -144,15 +154,24 @@ def test_the_page_shows_what_is_measured(watch, monkeypatch, tmp_path):
     monkeypatch.setattr(operators, "CASES", operators.CASES[:2])
     monkeypatch.setattr(layers, "cells", lambda: [("Mixtral-8x7B", 1)])
     monkeypatch.setattr(layers, "FIRST_SHAPES", ("Mixtral-8x7B",))
+    monkeypatch.setattr(parts, "ROUNDS", 3)
+    monkeypatch.setattr(parts, "SHAPES", ("Mixtral-8x7B",))
+    monkeypatch.setattr(parts, "RANKS", (32,))
+    monkeypatch.setattr(part_calls, "PAIRS", 8)
     record = record_of() | {"rows": []}
     path = tmp_path / "gpu-bench-some-gpu.json"
     assert run_jobs(all_jobs(watch), record, path, lambda: 1e6, lambda name: None, lambda: None) == []
     text = gpu_section(read_gpu_records(tmp_path), tmp_path)
-    assert "failed" not in text
+    assert "failed: grouped_product ran 0 times" in text  # as the made-up profiles have it
+    assert text.count("failed") == 1 + len(parts.sparse_base_subjects())
     for line in ("| gram_update_, bfloat16", "| fisher_merge_, bfloat16", "| whitened_svd, float32, 2 of 12 x 8", "| eager |"):
         assert line in text
     assert "| 1 token, throughput 0.6: at least 1.5 times as fast as the best HF contender | Mixtral-8x7B |" in text
     assert "| throughput 0.4, dynamic, graph |" in text
+    assert "| sparse base | Mixtral-8x7B, 16 tokens, 32 of 64 channels, 256 outputs |" in text
+    assert "| low-rank products | Mixtral-8x7B, 8 pairs, 64 inputs, ranks 24 to 40, 256 outputs |" in text
+    assert "| gated activation | Mixtral-8x7B, throughput 0.6, dynamic, 4,096 tokens | – | – | – | 5.00 |" in text
+    assert "| `weighted_activation` | 1 · 5.00 · 100% |" in text
 
 
 class Jobs:

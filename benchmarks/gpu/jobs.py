@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import ceilings, layers, operators, whitened
+from benchmarks.gpu import ceilings, layers, operators, parts, profiles, whitened
+from benchmarks.gpu.part_calls import LOW_RANK, SPARSE_BASE
 from benchmarks.gpu.timing import Stopwatch
 from d2moe_ext.bench.layer import failure
 from tools.gpu_record import write_atomically
@@ -41,7 +42,8 @@ class Job:
 
 
 def all_jobs(watch: Stopwatch) -> list[Job]:
-    """Ceilings, operators, the most telling layers; then the other layers, and last the loops of ``torch.linalg.svd``."""
+    """Ceilings, operators, the most telling layers, a forward's parts and profiles; then the other layers, and last the loops
+    of ``torch.linalg.svd``."""
     held = layers.Layers(watch)
 
     def layer(cell: layers.Cell) -> Job:
@@ -57,12 +59,23 @@ def all_jobs(watch: Stopwatch) -> list[Job]:
         name = f"operator, {whitened.OPERATOR}, {whitened.case_of(shape)}"
         return Job(name, operators.KIND + " and its loop", 60.0, lambda found: [whitened.measure_whitened_svd(shape, watch)])
 
+    def calls(what: str, subjects: Callable[[], list[profiles.Subject]]) -> Job:
+        seconds = profiles.SECONDS + 15.0
+        return Job(f"part, {what}", parts.KIND, seconds, lambda found: parts.measure_calls(subjects(), found, watch))
+
+    def profile(shape: str) -> Job:
+        name = f"profile, {shape}"
+        return Job(name, parts.PROFILE, profiles.SECONDS, lambda found: parts.measure_profiles(shape, found, watch))
+
     cells, first = layers.cells(), len(layers.FIRST_SHAPES) * len(layers.FIRST_TOKENS)
     stacks = [stack(shape) for shape in whitened.STACKS]
     return [
         Job(ceilings.KIND, ceilings.KIND, 20.0, lambda found: [ceilings.measure_ceilings(watch)]),
         *map(operator, operators.CASES),
         *map(layer, cells[:first]),
+        calls(LOW_RANK, parts.low_rank_subjects),
+        calls(SPARSE_BASE, parts.sparse_base_subjects),
+        *map(profile, parts.SHAPES),
         stacks[0],
         *map(layer, cells[first:]),
         *stacks[1:],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.profiles import Found, Subject, profile_elsewhere
 from d2moe_ext.bench.contenders import Contender, Routed
 from d2moe_ext.bench.timing import CACHES_READ, SecondsOf
 
@@ -87,6 +88,7 @@ class Stopwatch:
         waited, queued: as at the head of this file.
         record: from calls to ones that replay them.
         memory: bytes that the device has.
+        profile: from what is to be profiled to what was found (:mod:`benchmarks.gpu.profiles`).
     """
 
     device: str
@@ -95,6 +97,7 @@ class Stopwatch:
     queued: SecondsOf
     record: Callable[[Sequence[Callable[[], object]]], list[Callable[[], object]]]
     memory: int
+    profile: Callable[[Sequence[Subject]], list[Found]]
 
     def contender_seconds(self, name: str, run: Callable[[], object]) -> float:
         """Graphs queued, everything else waited for."""
@@ -116,4 +119,4 @@ class Stopwatch:
 def gpu_stopwatch() -> Stopwatch:
     """Of the first GPU."""
     memory = torch.cuda.get_device_properties(0).total_memory
-    return Stopwatch("cuda", L2Flush(), waited_seconds, queued_seconds, record_graphs, memory)
+    return Stopwatch("cuda", L2Flush(), waited_seconds, queued_seconds, record_graphs, memory, profile_elsewhere)
