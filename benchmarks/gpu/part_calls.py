@@ -108,7 +108,9 @@ def low_rank_call(size: LowRankSize, device: str, dtype: torch.dtype = torch.bfl
         "gate_up_keep": 1,
         "gate_up_bias": None,
     }
-    contains = "zeros of the output, the sort, the base's column times its channel; that is read where U's products are added"
+    contains = (
+        "zeros of the output, the sort, a copy of the base's channel and that times its column, which is added to U's products"
+    )
     return PartCall(arguments, low_rank_cost(size, index, dtype.itemsize), 2, 2, False, contains)
 
 
