@@ -109,7 +109,7 @@ def low_rank_call(size: LowRankSize, device: str, dtype: torch.dtype = torch.bfl
         "gate_up_bias": None,
     }
     contains = (
-        "zeros of the output, the sort, a copy of the base's channel and that times its column, which is added to U's products"
+        "the sort, a copy of the base's channel and that times its column, which is added to U's products"
     )
     return PartCall(arguments, low_rank_cost(size, index, dtype.itemsize), 2, 2, False, contains)
 
@@ -142,7 +142,7 @@ def sparse_base_call(
         "gate_up_keep": keep,
         "gate_up_bias": None,
     }
-    contains = "zeros of the output, the sort from 5 tokens on, a pass that hands the base's output to the pairs"
+    contains = "the sort from 5 tokens on, a pass that hands the base's output to the pairs"
     if keep < inputs:
         contains += "; scores, the choice of channels and a copy of them"
     cost = Cost((keep * outputs + tokens * inputs) * dtype.itemsize, 2 * tokens * keep * outputs)

@@ -71,6 +71,15 @@ cudaError_t visit_packs(ElementType type, int64_t width, std::initializer_list<c
   return status;
 }
 
+template <typename Element, int kPack>
+__global__ void __launch_bounds__(kThreads) clear_pairs(MoePairs pairs, BaseRows base_rows, void* out, int64_t width) {
+  const int64_t pair = blockIdx.x, j = first_column<kPack>();
+  if (j < width && base_of(pairs, base_rows, pair) < 0) {
+    const float zeros[kPack] = {};
+    store<Element, kPack>(out, pair * width + j, zeros);
+  }
+}
+
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) base_columns(BaseColumns a) {
   const int64_t row = blockIdx.x;
@@ -298,6 +307,14 @@ __global__ void __launch_bounds__(kThreads, 4) combine_tokens(CombineTokens a) {
 }
 
 }  // namespace
+
+cudaError_t launch_clear_pairs(ElementType type, const MoePairs& pairs, const BaseRows& base_rows, void* out,
+                               int64_t width, cudaStream_t stream) {
+  return visit_packs(type, width, {out}, [&](auto element, auto pack) {
+    return launch(&clear_pairs<decltype(element), pack.value>, strips(pairs.count(), width, pack.value), dim3(kThreads),
+                  0, stream, pairs, base_rows, out, width);
+  });
+}
 
 cudaError_t launch_base_columns(const BaseColumns& arguments, cudaStream_t stream) {
   const int64_t rows = arguments.base_rows.count(arguments.pairs);

@@ -13,6 +13,10 @@
 
 namespace d2moe::kernels {
 
+// out[pair] = 0 for pairs without an expert, or whose expert has no base.
+cudaError_t launch_clear_pairs(ElementType type, const MoePairs& pairs, const BaseRows& base_rows, void* out,
+                               int64_t width, cudaStream_t stream);
+
 // out[row, j] = x[row / rows_per_x, columns[base, selected[base, j]]] for the rows of base_rows.
 struct BaseColumns {
   ElementType type;

@@ -38,6 +38,18 @@ at::Tensor combine_tokens(PairsCall& call, const BaseGroup& down, const BaseRows
   return output;
 }
 
+// The products of all pairs; 0 for ids that are no expert.
+at::Tensor all_pair_products(PairsCall& call, const BaseGroup& group, bool per_pair, at::ArrayRef<Delta> deltas,
+                             const CudaSource& source) {
+  const BaseRows rows = call.base_rows(group, per_pair);
+  const at::Tensor output = call.empty(call.pairs.count(), group.out_features());
+  check_cuda(kernels::launch_clear_pairs(call.type, call.pairs, rows, output.data_ptr(), group.out_features(),
+                                         call.context.stream()));
+  call.sort(!deltas.empty() || rows.kind != BaseRowKind::kPairs, {rows});
+  pair_products(call, group, rows, deltas, source, output);
+  return output;
+}
+
 at::Tensor moe_forward_cuda(const at::Tensor& hidden_states, const at::Tensor& top_k_index,
                             const at::Tensor& top_k_weights, const at::Tensor& gate_up_base,
                             const std::optional<at::Tensor>& gate_up_columns,
@@ -100,18 +112,14 @@ at::Tensor moe_gate_up_forward_cuda(const at::Tensor& hidden_states, const at::T
   std::vector<Delta> deltas = make_deltas(kGateUpForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start,
                                           delta_pivots, delta_u_scale, delta_v_scale);
   check_moe_gate_up_forward(hidden_states, top_k_index, gate_up, deltas);
-  const at::Tensor output = at::zeros({top_k_index.numel(), gate_up.out_features()}, hidden_states.options());
-  if (output.numel() == 0) {
-    return output;
+  if (top_k_index.numel() == 0 || gate_up.out_features() == 0) {
+    return at::zeros({top_k_index.numel(), gate_up.out_features()}, hidden_states.options());
   }
   gate_up = with_contiguous_lists(std::move(gate_up));
   deltas = with_contiguous_lists(std::move(deltas));
   const at::Tensor x = hidden_states.contiguous();
   PairsCall call(kGateUpForward, x, top_k_index, gate_up.num_experts());
-  const BaseRows rows = call.base_rows(gate_up, false);
-  call.sort(!deltas.empty() || rows.kind != BaseRowKind::kPairs, {rows});
-  pair_products(call, gate_up, rows, deltas, {x, call.pairs.top_k}, output);
-  return output;
+  return all_pair_products(call, gate_up, false, deltas, {x, call.pairs.top_k});
 }
 
 at::Tensor moe_down_forward_cuda(const at::Tensor& activated, const at::Tensor& top_k_index,
@@ -128,21 +136,19 @@ at::Tensor moe_down_forward_cuda(const at::Tensor& activated, const at::Tensor& 
   std::vector<Delta> deltas = make_deltas(kDownForward, delta_u, delta_v, delta_rank, delta_u_start, delta_v_start,
                                           delta_pivots, delta_u_scale, delta_v_scale);
   check_moe_down_forward(activated, top_k_index, top_k_weights, down, deltas);
-  const int64_t num_rows = per_pair ? top_k_index.numel() : top_k_index.size(0);
-  const at::Tensor output = at::zeros({num_rows, down.out_features()}, activated.options());
-  if (top_k_index.numel() == 0 || output.numel() == 0) {
-    return output;
+  if (top_k_index.numel() == 0 || down.out_features() == 0) {
+    const int64_t num_rows = per_pair ? top_k_index.numel() : top_k_index.size(0);
+    return at::zeros({num_rows, down.out_features()}, activated.options());
   }
   down = with_contiguous_lists(std::move(down));
   deltas = with_contiguous_lists(std::move(deltas));
   const at::Tensor h = activated.contiguous();
   PairsCall call(kDownForward, h, top_k_index, down.num_experts());
-  const BaseRows rows = call.base_rows(down, per_pair);
-  call.sort(!deltas.empty(), {rows});
   if (per_pair) {
-    pair_products(call, down, rows, deltas, {h, 1}, output);
-    return output;
+    return all_pair_products(call, down, true, deltas, {h, 1});
   }
+  const BaseRows rows = call.base_rows(down, false);
+  call.sort(!deltas.empty(), {rows});
   const at::Tensor weights = top_k_weights.to(at::kFloat).contiguous();
   const at::Tensor weighted = call.empty(call.pairs.count(), h.size(1));
   check_cuda(kernels::launch_weighted_rows(call.type, call.pairs, weights.const_data_ptr<float>(), h.const_data_ptr(),
