@@ -108,9 +108,7 @@ def low_rank_call(size: LowRankSize, device: str, dtype: torch.dtype = torch.bfl
         "gate_up_keep": 1,
         "gate_up_bias": None,
     }
-    contains = (
-        "the sort, a copy of the base's channel and that times its column, which is added to U's products"
-    )
+    contains = "the sort, a copy of the base's channel and that times its column, which is added to U's products"
     return PartCall(arguments, low_rank_cost(size, index, dtype.itemsize), 2, 2, False, contains)
 
 
