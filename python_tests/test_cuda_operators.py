@@ -182,3 +182,19 @@ def test_whitened_svd_refuses_what_is_not_finite():
     delta[1, 0, 2] = float("nan")
     with pytest.raises(RuntimeError, match=r"whitened_svd: delta must be finite, got nan in batch entry 1"):
         ops.whitened_svd(delta, 1)
+
+
+@pytest.mark.real_gpu
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_tensors_on_two_devices_are_refused(first):
+    other = "cuda" if first == "cpu" else "cpu"
+    x, y = torch.ones(4, 4, device=first), torch.ones(4, 4, device=other)
+    calls = [
+        lambda: ops.column_select(x, y[0], 2),
+        lambda: ops.gram_update_(x, y),
+        lambda: ops.fisher_merge_(x, x, y, x, 1.0),
+        lambda: ops.whitened_svd(x[None], 1, y[None]),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=f"must be on {first}.* got {other}"):
+            call()

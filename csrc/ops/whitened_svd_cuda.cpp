@@ -311,8 +311,8 @@ using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 Results whitened_svd_cuda(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
                           const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
   const at::AutoDispatchBelowAutograd guard;
+  check_arguments(delta, rank, gram, left_gram, ridge, left_ridge);  // first: delta may be the one on another device
   const CudaContext context(delta);
-  check_arguments(delta, rank, gram, left_gram, ridge, left_ridge);
   const int64_t batch = delta.size(0), m = delta.size(1), n = delta.size(2);
   const auto double_options = delta.options().dtype(at::kDouble);
   at::Tensor u = at::empty({batch, m, rank}, delta.options());
