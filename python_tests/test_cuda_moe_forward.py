@@ -212,3 +212,19 @@ def test_plain_layers_of_many_rows(sizes: dict) -> None:
     plain = {"tokens": 110, "top_k": 2, "experts": 5, "bases": (5, 5), "deltas": "none", "hidden": 40, "inter": 24}
     for dtype in DTYPES:
         assert_exact(make_layer(14, dtype=dtype, **plain | sizes))
+
+
+@pytest.mark.parametrize("tokens", [3, 30, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_bases_out_of_range_are_left_out_of_plain_layers(tokens: int, dtype: torch.dtype) -> None:
+    sizes = {"tokens": tokens, "top_k": 1, "bases": (4, 4), "deltas": "none", "hidden": 16, "inter": 8}
+    layer = make_layer(15, dtype=dtype, **sizes)
+    whole = ops.moe_forward(**layer.arguments)
+    for name in ("gate_up_expert_to_base", "down_expert_to_base"):
+        changed = layer.arguments[name].clone()
+        changed[1] = 10**6
+        output = ops.moe_forward(**layer.arguments | {name: changed})
+        left_out = layer.arguments["top_k_index"][:, 0] == 1
+        assert torch.equal(output[~left_out], whole[~left_out])
+        assert torch.equal(output[left_out], torch.zeros_like(output[left_out]))

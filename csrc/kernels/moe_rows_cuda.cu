@@ -192,12 +192,14 @@ __global__ void __launch_bounds__(kThreads) weighted_activation(WeightedActivati
   }
   const int64_t from = a.read_position == nullptr ? pair : a.read_position[pair];
   const int64_t to = a.write_position == nullptr ? pair : a.write_position[pair];
-  if (from < 0 || to < 0) {
+  if (to < 0) {
     return;
   }
   const float weight = a.weights[pair];
-  float values[kPack];
-  if (!a.gated) {
+  float values[kPack] = {};
+  if (from < 0 || (a.needs_base && base_of(a.pairs, a.base_rows, pair) < 0)) {
+    // Nothing wrote its row.
+  } else if (!a.gated) {
     const Pack<Element, kPack> up = load<Element, kPack>(a.gate_up, from * a.width + j);
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {

@@ -63,6 +63,9 @@ struct WeightedActivation {
   int64_t width;
   Activation activation;
   bool gated, interleaved;
+  // Whether a pair whose expert has no base of these has no row in gate_up: it then counts as zeros.
+  bool needs_base;
+  BaseRows base_rows;
   // [num_pairs]: rows of gate_up that pairs are read from, and of weighted that they go to; null for the pair's own.
   const int32_t* read_position;
   const int32_t* write_position;

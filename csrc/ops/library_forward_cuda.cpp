@@ -54,8 +54,8 @@ at::Tensor library_forward(PairsCall& call, const BaseGroup& gate_up, const Base
   const at::Tensor weighted = call.empty(num_pairs, width);
   check_cuda(kernels::launch_weighted_activation(
       {call.type, call.pairs, weights.const_data_ptr<float>(), gate_up_output.const_data_ptr(), weighted.data_ptr(),
-       width, activation.activation, activation.gated, activation.interleaved, by_gate_up.rows.position,
-       by_down.rows.position},
+       width, activation.activation, activation.gated, activation.interleaved, false, gate_up_rows,
+       by_gate_up.rows.position, by_down.rows.position},
       stream));
   const at::Tensor down_output = multiply_sorted(weighted, down, by_down);
   const at::Tensor output = call.empty(call.pairs.num_tokens, down.out_features());

@@ -93,7 +93,7 @@ at::Tensor moe_forward_cuda(const at::Tensor& hidden_states, const at::Tensor& t
   const at::Tensor weighted = call.empty(call.pairs.count(), plan.intermediate_size);
   check_cuda(kernels::launch_weighted_activation(
       {call.type, call.pairs, weights.const_data_ptr<float>(), gate_up_output.const_data_ptr(), weighted.data_ptr(),
-       plan.intermediate_size, act, plan.gated, interleaved, nullptr, nullptr},
+       plan.intermediate_size, act, plan.gated, interleaved, deltas.empty(), gate_up_rows, nullptr, nullptr},
       call.context.stream()));
   return combine_tokens(call, down, down_rows, deltas.empty() ? nullptr : &deltas.back(), weighted, weights);
 }
