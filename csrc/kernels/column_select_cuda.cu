@@ -8,6 +8,7 @@
 
 #include "kernels/column_select_cuda.h"
 #include "kernels/device_elements.cuh"
+#include "kernels/device_warp.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/moe_pairs.cuh"
 
@@ -15,12 +16,10 @@ namespace d2moe::kernels {
 
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kSquareRows = 8;  // of threads in a block of column_squares
 constexpr int kSelectThreads = 1024;
 constexpr int kWarps = kSelectThreads / kLanes;
 constexpr int kDigits = 256;
-constexpr unsigned int kAllLanes = 0xffffffffu;
 
 // The rows of X that a group sums: all of them,
 struct AllRows {
@@ -162,17 +161,6 @@ __device__ inline void count_digits(const float* scores, uint32_t num_columns, u
     }
   }
   __syncthreads();
-}
-
-// Sum of the values of lower lanes.
-__device__ inline int lanes_below(int value) {
-  int total = value;
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, total, step);
-    total += static_cast<int>(threadIdx.x % kLanes) >= step ? other : 0;
-  }
-  return total - value;
 }
 
 struct Choice {

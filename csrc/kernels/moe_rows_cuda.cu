@@ -3,6 +3,7 @@
 
 #include "kernels/delta_lists.cuh"
 #include "kernels/device_elements.cuh"
+#include "kernels/device_warp.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/moe_pairs.cuh"
 #include "kernels/moe_rows_cuda.h"
@@ -12,8 +13,6 @@ namespace d2moe::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 32;
-constexpr unsigned int kAllLanes = 0xffffffffu;
 
 // The strip's first column for this thread; the strips of a row are blockIdx.y.
 template <int kPack>

@@ -2,6 +2,7 @@
 //
 // Each of some warps takes a run of rows: it counts its rows of every group, and once all counts are summed up, puts
 // them in their places. Lanes whose rows have the same group count, and take places, at once.
+#include "kernels/device_warp.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/moe_pairs.cuh"
 #include "kernels/row_sort_cuda.h"
@@ -11,8 +12,6 @@ namespace d2moe::kernels {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kLanes = 32;
-constexpr unsigned int kAllLanes = 0xffffffffu;
 
 struct RowSorts {
   RowSort jobs[kMostRowSorts];
@@ -37,16 +36,6 @@ __device__ inline void visit_rows(const MoePairs& pairs, const RowSort& job, int
     visit(row, group, __match_any_sync(kAllLanes, group));
     __syncwarp();
   }
-}
-
-__device__ inline int lanes_below(int value) {
-  int total = value;
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, total, step);
-    total += static_cast<int>(threadIdx.x % kLanes) >= step ? other : 0;
-  }
-  return total - value;
 }
 
 // By the first warp: offsets [groups + 1] and first_tile [groups + 1] from the counts in offsets [groups].

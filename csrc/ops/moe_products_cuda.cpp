@@ -4,10 +4,9 @@
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <limits>
+#include <vector>
 
 #include "kernels/column_select_cuda.h"
 #include "kernels/moe_rows_cuda.h"

@@ -113,6 +113,13 @@ void refuse_negative_eigenvalue(const char* name, double ridge, int64_t entry) {
               " times its diagonal, got a matrix with a negative eigenvalue in batch entry ", entry);
 }
 
+Results empty_results(const at::Tensor& delta, int64_t rank) {
+  const int64_t batch = delta.size(0), m = delta.size(1), n = delta.size(2);
+  const at::TensorOptions doubles = delta.options().dtype(at::kDouble);
+  return {at::empty({batch, m, rank}, delta.options()), at::empty({batch, rank, n}, delta.options()),
+          at::empty({batch, std::min(m, n)}, doubles), at::zeros({batch}, doubles)};
+}
+
 int half_exponent(double largest) {
   int exponent = 0;
   std::frexp(largest, &exponent);
@@ -299,20 +306,16 @@ void for_each_entry(const at::Tensor& delta, Function&& function) {
   }
 }
 
-using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 Results whitened_svd_cpu(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
                          const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
   const at::AutoDispatchBelowAutograd guard;
   check_arguments(delta, rank, gram, left_gram, ridge, left_ridge);
-  const int64_t batch = delta.size(0), m = delta.size(1), n = delta.size(2);
-  const auto double_options = delta.options().dtype(at::kDouble);
-  at::Tensor u = at::empty({batch, m, rank}, delta.options());
-  at::Tensor v = at::empty({batch, rank, n}, delta.options());
-  at::Tensor singular_values = at::empty({batch, std::min(m, n)}, double_options);
-  at::Tensor ridge_used = at::zeros({batch}, double_options);
+  const int64_t m = delta.size(1), n = delta.size(2);
+  const Results results = empty_results(delta, rank);
+  const at::Tensor &u = std::get<0>(results), &v = std::get<1>(results);
+  const at::Tensor &singular_values = std::get<2>(results), &ridge_used = std::get<3>(results);
   if (delta.numel() == 0) {
-    return {u, v, singular_values, ridge_used};
+    return results;
   }
   for_each_entry(delta, [&](int64_t entry) {
     SideGram right = side_gram("gram", gram, entry, ridge);
@@ -326,7 +329,7 @@ Results whitened_svd_cpu(const at::Tensor& delta, int64_t rank, const std::optio
       v.select(0, entry).copy_(n <= m ? factors.wide : factors.tall.t());
     }
   });
-  return {u, v, singular_values, ridge_used};
+  return results;
 }
 
 }  // namespace

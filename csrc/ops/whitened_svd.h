@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 namespace d2moe::whitened {
 
@@ -17,6 +18,10 @@ constexpr int64_t kGramBlockRows = 1024;  // rows of a Gram converted to float64
 void check_arguments(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
                      const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge);
 void check_diagonal(const char* name, double smallest, int64_t entry);
+
+// u [B, m, rank], v [B, rank, n], singular_values [B, min(m, n)], ridge_used [B], 0 so far.
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+Results empty_results(const at::Tensor& delta, int64_t rank);
 
 // Raise, always.
 void refuse_without_factor(const char* name, double ridge, int64_t entry);

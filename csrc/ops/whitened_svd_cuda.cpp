@@ -306,21 +306,17 @@ int64_t entries_at_a_time(int64_t p, int64_t q) {
   return std::clamp<int64_t>(static_cast<int64_t>(kMostBuffers / bytes), 1, kMostEntries);
 }
 
-using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 Results whitened_svd_cuda(const at::Tensor& delta, int64_t rank, const std::optional<at::Tensor>& gram,
                           const std::optional<at::Tensor>& left_gram, double ridge, double left_ridge) {
   const at::AutoDispatchBelowAutograd guard;
   check_arguments(delta, rank, gram, left_gram, ridge, left_ridge);  // first: delta may be the one on another device
   const CudaContext context(delta);
   const int64_t batch = delta.size(0), m = delta.size(1), n = delta.size(2);
-  const auto double_options = delta.options().dtype(at::kDouble);
-  at::Tensor u = at::empty({batch, m, rank}, delta.options());
-  at::Tensor v = at::empty({batch, rank, n}, delta.options());
-  at::Tensor singular_values = at::empty({batch, std::min(m, n)}, double_options);
-  at::Tensor ridge_used = at::zeros({batch}, double_options);
+  const Results results = empty_results(delta, rank);
+  const at::Tensor &u = std::get<0>(results), &v = std::get<1>(results);
+  const at::Tensor &singular_values = std::get<2>(results), &ridge_used = std::get<3>(results);
   if (delta.numel() == 0) {
-    return {u, v, singular_values, ridge_used};
+    return results;
   }
   try {
     BatchedLinalg library(static_cast<int>(delta.get_device()), context.stream());
@@ -349,7 +345,7 @@ Results whitened_svd_cuda(const at::Tensor& delta, int64_t rank, const std::opti
   } catch (const kernels::LibraryError& error) {
     TORCH_CHECK(false, kOp, ": ", error.what());
   }
-  return {u, v, singular_values, ridge_used};
+  return results;
 }
 
 }  // namespace

@@ -21,7 +21,6 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-using std::isinf;
 using std::isnan;
 
 struct dim3 {
@@ -94,14 +93,6 @@ template <typename Value>
 Value __shfl_up_sync(unsigned int, Value value, int step) {
   return emulated_shuffle(value, emulated_cuda::lane() - step);
 }
-template <typename Value>
-Value __shfl_down_sync(unsigned int, Value value, int step) {
-  return emulated_shuffle(value, emulated_cuda::lane() + step);
-}
-template <typename Value>
-Value __shfl_xor_sync(unsigned int, Value value, int mask) {
-  return emulated_shuffle(value, emulated_cuda::lane() ^ mask);
-}
 
 template <typename Value>
 unsigned int __match_any_sync(unsigned int, Value value) {
@@ -131,10 +122,6 @@ inline int atomicAdd(int* address, int value) {
 }
 template <typename Value>
 Value __ldcg(const Value* address) {
-  return *address;
-}
-template <typename Value>
-Value __ldg(const Value* address) {
   return *address;
 }
 inline unsigned int __float_as_uint(float value) {
